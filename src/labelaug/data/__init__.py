@@ -1,0 +1,1 @@
+"""Data: synthetic tasks, image sets, planted features."""
