@@ -1,0 +1,140 @@
+"""Tables with their provenance: parquet files that are written whole or not at all, and where a section puts them."""
+
+import json
+import os
+import platform
+import subprocess
+import time
+from dataclasses import asdict, dataclass, is_dataclass
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from labelaug.paths import BUILD, PROJECT
+
+METADATA_KEY = b"labelaug"
+PACKAGES = ("torch", "torchvision", "numpy", "scipy", "scikit-learn", "pandas", "papermill", "jupyter-book")
+
+
+class ResultsError(OSError):
+    """A table could not be written or read."""
+
+
+def environment() -> dict:
+    """What a number depends on besides its description: commit, whether the tree had changes, versions, device, time.
+
+    Returns: ``commit`` (40 hex digits, or "none" outside a repository), ``dirty`` (tracked files differ from the
+    commit), ``versions``, ``device`` (processor and cores), ``created`` (ISO 8601, UTC).
+    """
+    return {
+        "commit": _git("rev-parse", "HEAD") or "none",
+        "dirty": bool(_git("status", "--porcelain", "--untracked-files=no")),
+        "versions": {"python": platform.python_version()} | {name: version(name) for name in PACKAGES},
+        "device": f"CPU, {_processor()}, {os.cpu_count()} cores",
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+
+
+def write_table(path: Path, frame: pd.DataFrame, *, description, seconds: float) -> Path:
+    """Write ``frame`` as parquet with provenance, and the same rows as CSV beside it; each file whole or not at all.
+
+    Args: description: what the rows are a function of (a dict or a dataclass; stored as JSON); seconds: wall time that
+        the rows took.
+    Raises: ResultsError if the folder cannot be written or is full; a table that was there stays as it was.
+    """
+    provenance = environment() | {"description": _plain(description), "seconds": round(seconds, 3)}
+    table = pa.Table.from_pandas(frame, preserve_index=False)
+    metadata = {**(table.schema.metadata or {}), METADATA_KEY: json.dumps(provenance).encode()}
+    path = Path(path)
+    _replace(path, lambda part: pq.write_table(table.replace_schema_metadata(metadata), part))
+    _replace(path.with_suffix(".csv"), lambda part: frame.to_csv(part, index=False, float_format="%.8g"))
+    return path
+
+
+def read_table(path: Path) -> tuple[pd.DataFrame, dict]:
+    """Read a table and its provenance.
+
+    Raises: ResultsError if there is no such file, it is damaged, or it carries no provenance.
+    """
+    try:
+        table = pq.read_table(path)
+    except FileNotFoundError:
+        raise ResultsError(f"no table at {path}: run the section that writes it") from None
+    except (OSError, pa.ArrowException) as error:
+        raise ResultsError(f"{path} is not a whole parquet table ({error}): delete it and run its section") from error
+    metadata = table.schema.metadata or {}
+    if METADATA_KEY not in metadata:
+        raise ResultsError(f"{path} carries no provenance: write it with labelaug.results.write_table")
+    return table.to_pandas(), json.loads(metadata[METADATA_KEY])
+
+
+@dataclass(frozen=True)
+class Section:
+    """Where a section's tables and figures go, and since when it has been running."""
+
+    name: str
+    folder: Path
+    started: float
+
+    def write(self, table: str, frame: pd.DataFrame, *, description, seconds: float | None = None) -> Path:
+        """Write ``tables/<table>.parquet`` and ``.csv``; ``seconds`` defaults to the time since the section began."""
+        elapsed = time.perf_counter() - self.started if seconds is None else seconds
+        path = self.folder / "tables" / f"{table}.parquet"
+        return write_table(path, frame, description=description, seconds=elapsed)
+
+
+def section(name: str) -> Section:
+    """Open section ``name``: in the run folder that ``labelaug run`` gives, else in a scratch folder of the build."""
+    folder = os.environ.get("LABELAUG_RUN_DIR") or BUILD / "scratch" / name
+    return Section(name, Path(folder), time.perf_counter())
+
+
+def _replace(path: Path, write) -> None:
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write(part)
+        with open(part, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise ResultsError(f"cannot write {path}: {reason}; free space or choose a writable folder") from error
+    finally:
+        if part.is_file():
+            part.unlink()
+
+
+def _plain(value):
+    """Dataclasses, tuples and NumPy scalars as JSON's own types; a dataclass keeps its class name."""
+    if is_dataclass(value):
+        return {"type": type(value).__name__} | {k: _plain(v) for k, v in asdict(value).items()}
+    if isinstance(value, dict):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(v) for v in value]
+    if isinstance(value, np.generic):
+        return value.item()
+    return value
+
+
+def _git(*arguments: str) -> str:
+    try:
+        done = subprocess.run(["git", *arguments], cwd=PROJECT, capture_output=True, text=True, check=False)
+    except FileNotFoundError:  # no git on this machine: the tree was unpacked from an archive
+        return ""
+    return done.stdout.strip() if done.returncode == 0 else ""
+
+
+def _processor() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
