@@ -26,13 +26,13 @@ def binary_soft_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 def squared_error(outputs: Tensor, targets: Tensor) -> Tensor:
-    """``Σ_k (o_k - q_k)²``, summed over outputs, mean over examples, no factor ½: ``[..., n, K]`` twice -> ``[...]``."""
+    """``Σ_k (o_k - q_k)²``: sum over outputs, mean over examples, no factor ½; ``[..., n, K]`` twice -> ``[...]``."""
     _same_tail(outputs, targets, axes=2)
     return (outputs - targets).square().sum(-1).mean(-1)
 
 
 def l2_penalty(weight: Tensor, *, weight_decay: float | Tensor) -> Tensor:
-    """``(λ/2)‖w‖²`` over the last axis, so that its gradient is λw: ``[..., d]`` -> ``[...]``. Source: paper 1 (2.1)."""
+    """``(λ/2)‖w‖²`` over the last axis (gradient λw): ``[..., d]`` -> ``[...]``. Source: paper 1 (2.1)."""
     return 0.5 * weight_decay * weight.square().sum(-1)
 
 

@@ -4,6 +4,7 @@ A description speaks of ``U = Y·X``, the input turned so that the correct side 
 probability. Labels are returned as int64 in {0, 1} (1 stands for Y = +1), examples as rows.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -40,7 +41,7 @@ class Elliptical:
     """An elliptical law: centre + cov^½ · (spherical vector of identity covariance).
 
     ``radial="gaussian"`` is the normal law; ``radial="ellipse"`` is uniform on the solid ellipsoid with that covariance
-    (compact and convex). ``centre`` (the mean) has d entries, ``cov`` d rows of d entries, both in units of x (squared).
+    (compact and convex). ``centre`` is the mean, d entries; ``cov`` has d rows of d entries.
     """
 
     centre: tuple[float, ...]
@@ -85,7 +86,7 @@ class Elliptical:
 
 @dataclass(frozen=True)
 class TwoFeatureTask:
-    """Low-variance feature ``x_i = γy (+ noise)`` for i < num_low, then a high-variance feature of num_high coordinates.
+    """A low-variance feature ``x_i = γy (+ noise)``, i < num_low, then a high-variance one of num_high coordinates.
 
     Args: num_low, num_high: dimensions of the two features; gamma: γ > 0, margin of each low coordinate;
         high: law of U on the high coordinates given Y = +1; high_negative: the same given Y = -1 (None: equal, so that
@@ -133,7 +134,8 @@ class TwoFeatureTask:
 
     def mean(self, y: int) -> Tensor:
         """E[U | Y = y], float64 ``[d]``; the class mean of X is y times this."""
-        return torch.cat([torch.full((self.num_low,), self.gamma, dtype=torch.float64), self.law(y).mean(self.num_high)])
+        low = torch.full((self.num_low,), self.gamma, dtype=torch.float64)
+        return torch.cat([low, self.law(y).mean(self.num_high)])
 
     def covariance(self, y: int) -> Tensor:
         """Cov(X | Y = y) = Cov(U | Y = y), float64 ``[d, d]``."""
@@ -158,8 +160,8 @@ class TwoFeatureTask:
         distance, needed = self.support_distance(), 2 * self.gamma * self.num_low**0.5
         if distance is not None and not distance > needed:
             found.append(
-                f"the high-variance feature is not the more separable one: its class supports are {distance:.3g} apart, "
-                f"those of the low-variance feature {needed:.3g}"
+                f"the high-variance feature is not the more separable one: its class supports are {distance:.3g} "
+                f"apart, those of the low-variance feature {needed:.3g}"
             )
         return tuple(found)
 
@@ -241,3 +243,11 @@ def sample(
         other = task.high_negative.sample(n, task.num_high, generator=generator, dtype=dtype)
         high = torch.where(positive, high, other)
     return torch.cat([low, y * high], dim=1), labels
+
+
+def sample_seeds(
+    task: TwoFeatureTask | EllipticalTask, n: int, *, seeds: Sequence[int], dtype=torch.float32
+) -> tuple[Tensor, Tensor]:
+    """One data set a seed, each from a generator of that seed alone: x ``[seeds, n, d]``, labels ``[seeds, n]``."""
+    drawn = [sample(task, n, generator=torch.Generator().manual_seed(seed), dtype=dtype) for seed in seeds]
+    return torch.stack([x for x, _ in drawn]), torch.stack([labels for _, labels in drawn])

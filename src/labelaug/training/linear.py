@@ -5,15 +5,16 @@ mixed inputs are never formed, and Mixup costs no extra matrix product. All sett
 their logits are one product ``W @ x_batch.T``. The gradient of the loss is known in closed form, so nothing is taped.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
 
+from labelaug.keys import description_key
 from labelaug.mixing import PER, check_alpha
 from labelaug.targets import check_smoothing
 
@@ -47,6 +48,11 @@ class LinearSetting:
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
 
+    @property
+    def key(self) -> str:
+        """The name of this setting's results."""
+        return description_key(self)
+
 
 METHODS = ("weight decay", "label smoothing", "mixup")
 
@@ -64,6 +70,24 @@ def method_setting(method: str, strength: float, *, learning_rate: float) -> Lin
         return LinearSetting(learning_rate)
     name = {"weight decay": "weight_decay", "label smoothing": "smoothing", "mixup": "mixup_alpha"}[method]
     return LinearSetting(learning_rate, **{name: strength})
+
+
+def strength_sweep(
+    strengths: Mapping[str, Sequence[float]], *, learning_rate: float
+) -> tuple[list[LinearSetting], pd.DataFrame]:
+    """The settings of a sweep, each once, and the table ``method, strength, key`` plus their fields, one row a point.
+
+    Strength 0 is ERM in every method: one setting, which stands in the table once for each method that includes it.
+
+    Args: strengths: method -> strengths, both as in :func:`method_setting`.
+    """
+    points = [
+        (method, float(value), method_setting(method, float(value), learning_rate=learning_rate))
+        for method, values in strengths.items()
+        for value in values
+    ]
+    table = pd.DataFrame([{"method": m, "strength": v, "key": s.key, **asdict(s)} for m, v, s in points])
+    return list(dict.fromkeys(setting for _, _, setting in points)), table
 
 
 @dataclass(frozen=True)
@@ -108,18 +132,21 @@ class LinearSweep:
     settings: tuple[LinearSetting, ...]
     steps_per_epoch: int
 
-    def frame(self, **metrics: Tensor) -> pd.DataFrame:
-        """Tidy rows ``setting, seed, epoch, step, metric, value`` of metrics given as ``[records, seeds, settings]``."""
+    def frame(self, *, split: str = "", **metrics: Tensor) -> pd.DataFrame:
+        """Tidy rows ``key, seed, step, epoch, split, metric, value`` of metrics ``[records, seeds, settings]``.
+
+        Args: split: what the metrics were measured on ("train", "test"); empty for those of the weights alone.
+        """
         shape = self.weights.shape[:3]
-        index = pd.MultiIndex.from_product([self.epochs, self.seeds, range(len(self.settings))])
+        index = pd.MultiIndex.from_product([self.epochs, self.seeds, [s.key for s in self.settings]])
+        points = index.to_frame(index=False, name=["epoch", "seed", "key"])
+        points["step"] = points["epoch"] * self.steps_per_epoch
         rows = []
         for name, value in metrics.items():
             if value.shape != shape:
                 raise ValueError(f"metric {name} must have shape {list(shape)}, got {list(value.shape)}")
-            part = index.to_frame(index=False, name=["epoch", "seed", "setting"])
-            part["step"] = part["epoch"] * self.steps_per_epoch
-            rows.append(part.assign(metric=name, value=value.reshape(-1).double().numpy()))
-        return pd.concat(rows, ignore_index=True)
+            rows.append(points.assign(split=split, metric=name, value=value.reshape(-1).double().numpy()))
+        return pd.concat(rows, ignore_index=True)[["key", "seed", "step", "epoch", "split", "metric", "value"]]
 
 
 def train_linear(
