@@ -20,7 +20,7 @@ def draw_lam(n: int, alpha: float, *, per: str, rng: np.random.Generator) -> Ten
     check_alpha(alpha)
     if per not in PER:
         raise ValueError(f"per must be one of {PER}, got {per!r}")
-    return torch.as_tensor(rng.beta(alpha, alpha, size=n if per == "example" else None))
+    return torch.as_tensor(rng.beta(alpha, alpha, size=n if per == "example" else None), dtype=torch.float64)
 
 
 def draw_partner(n: int, *, rng: np.random.Generator) -> Tensor:
@@ -34,6 +34,8 @@ def mix(x: Tensor, lam: Tensor | float, partner: Tensor) -> Tensor:
     Args: x: ``[n, ...]``; lam: scalar or ``[n]`` in [0, 1]; partner: int64 ``[n]``.
     Raises: ValueError if the shapes do not fit. Source: paper 1 (2.5); Zhang et al. (2018); book eq-mixup-point.
     """
+    if not x.is_floating_point():
+        raise ValueError(f"x must be floating point, got {x.dtype}: turn labels into targets first")
     lam = torch.as_tensor(lam, dtype=x.dtype, device=x.device)
     if partner.shape != x.shape[:1] or lam.shape not in ((), x.shape[:1]):
         raise ValueError(

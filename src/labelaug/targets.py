@@ -17,7 +17,7 @@ def smooth_targets(labels: Tensor, num_classes: int, *, smoothing: float, dtype=
 
     Args: labels: int64 ``[..., n]`` in 0..K-1; smoothing: ε < K/(K-1); negative values sharpen the target.
     Returns: ``[..., n, K]``, rows sum to one.
-    Raises: ValueError if ε ≥ K/(K-1): there the true class would no longer carry the largest mass.
+    Raises: ValueError if ε ≥ K/(K-1): there the true class would carry no mass, or a negative one.
     Source: Szegedy et al. (2016), section 7; book eq-smooth-target.
     """
     check_smoothing(smoothing, num_classes)

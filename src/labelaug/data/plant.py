@@ -18,7 +18,7 @@ def plant_entry(
     """
     if not gamma > 0:
         raise ValueError(f"gamma must be positive, got {gamma}")
-    if noise < 0:
+    if not noise >= 0:
         raise ValueError(f"noise must be at least 0, got {noise}")
     if x.ndim != 4 or labels.shape != x.shape[:1]:
         raise ValueError(f"x must be [n, C, H, W] and labels [n], got {tuple(x.shape)} and {tuple(labels.shape)}")

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from scipy.optimize import minimize
 from torch import Tensor
 
 
@@ -30,6 +31,10 @@ class Box:
     def covariance(self, dim: int) -> Tensor:
         """Covariance ``[dim, dim]``: (high - low)²/12 on the diagonal."""
         return torch.eye(dim, dtype=torch.float64) * (self.high - self.low) ** 2 / 12
+
+    def reach(self, direction: np.ndarray) -> float:
+        """How far the support extends from the mean: the maximum of ⟨direction, U - mean⟩."""
+        return (self.high - self.low) / 2 * np.abs(direction).sum()
 
     def sample(self, n: int, dim: int, *, generator: torch.Generator, dtype) -> Tensor:
         """``[n, dim]``."""
@@ -67,6 +72,12 @@ class Elliptical:
         """Covariance ``[dim, dim]``."""
         self._check(dim)
         return torch.tensor(self.cov, dtype=torch.float64)
+
+    def reach(self, direction: np.ndarray) -> float:
+        """How far the support extends from the mean: the maximum of ⟨direction, U - mean⟩."""
+        if self.radial == "gaussian":
+            return np.inf
+        return np.sqrt((len(direction) + 2) * max(direction @ np.asarray(self.cov) @ direction, 0.0))
 
     def sample(self, n: int, dim: int, *, generator: torch.Generator, dtype) -> Tensor:
         """``[n, dim]``."""
@@ -106,7 +117,7 @@ class TwoFeatureTask:
     def __post_init__(self):
         if not self.gamma > 0:
             raise ValueError(f"gamma must be positive, got {self.gamma}")
-        if self.low_noise < 0:
+        if not self.low_noise >= 0:
             raise ValueError(f"low_noise must be at least 0, got {self.low_noise}")
         if min(self.num_low, self.num_high) < 1:
             raise ValueError(f"each feature needs a coordinate, got num_low={self.num_low}, num_high={self.num_high}")
@@ -166,13 +177,28 @@ class TwoFeatureTask:
         return tuple(found)
 
     def support_distance(self) -> float | None:
-        """Distance of the two class supports of the high-variance feature; None unless both are boxes."""
+        """Distance of the two class supports of the high-variance feature; None where they are unbounded.
+
+        Between other laws than two boxes it is the widest margin, concave in its direction u:
+        the maximum over |u| ≤ 1 of min ⟨u, S_1⟩ - max ⟨u, S_-1⟩.
+        """
         plus, minus = self.high, self.law(-1)
-        if not (isinstance(plus, Box) and isinstance(minus, Box)):
+        if isinstance(plus, Box) and isinstance(minus, Box):
+            # X_H given -1 lies in [-minus.high, -minus.low] per coordinate.
+            gap = max(0.0, plus.low + minus.low, -plus.high - minus.high)
+            return gap * self.num_high**0.5
+        between = (plus.mean(self.num_high) + minus.mean(self.num_high)).numpy()
+        if not np.isfinite([plus.reach(between), minus.reach(between)]).all():
             return None
-        # X_H given -1 lies in [-minus.high, -minus.low] per coordinate.
-        gap = max(0.0, plus.low + minus.low, -plus.high - minus.high)
-        return gap * self.num_high**0.5
+        if not between.any():
+            return 0.0
+        found = minimize(
+            lambda u: plus.reach(u) + minus.reach(u) - u @ between,
+            between / np.linalg.norm(between),
+            constraints={"type": "ineq", "fun": lambda u: 1 - u @ u},
+            method="SLSQP",
+        )
+        return max(0.0, -found.fun)
 
 
 @dataclass(frozen=True)
