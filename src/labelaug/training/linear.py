@@ -45,7 +45,7 @@ class LinearSetting:
         if not self.learning_rate > 0:
             raise ValueError(f"learning_rate must be positive, got {self.learning_rate}")
         for name in ("weight_decay", "decoupled_decay"):
-            if getattr(self, name) < 0:
+            if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
 
     @property
@@ -111,9 +111,9 @@ class LinearTraining:
         if self.lam_per not in PER:
             raise ValueError(f"lam_per must be one of {PER}, got {self.lam_per!r}")
         records = self.records
-        if list(records) != sorted(set(records)) or not 1 <= records[0] <= records[-1] <= self.epochs:
+        if not records or list(records) != sorted(set(records)) or not 1 <= records[0] <= records[-1] <= self.epochs:
             raise ValueError(f"record_epochs must increase within 1..{self.epochs}, got {self.record_epochs}")
-        if self.init_scale < 0:
+        if not self.init_scale >= 0:
             raise ValueError(f"init_scale must be at least 0, got {self.init_scale}")
 
     @property
@@ -322,7 +322,7 @@ def _check(x, labels, settings, seeds) -> None:
         raise ValueError(f"seeds must be different and at least 0, got {list(seeds)}")
     if x.ndim not in (2, 3) or (x.ndim == 3 and len(x) != len(seeds)):
         raise ValueError(f"x must be [n, d] or [{len(seeds)} seeds, n, d], got {list(x.shape)}")
-    if labels.shape not in (x.shape[:-1], x.shape[-2:-1]):
+    if labels.shape not in (x.shape[-2:-1], (len(seeds), x.shape[-2])):
         raise ValueError(f"labels must be [n] or [seeds, n] with n = {x.shape[-2]}, got {list(labels.shape)}")
     for row in labels.reshape(-1, labels.shape[-1]):
         classes = row.unique().tolist()
