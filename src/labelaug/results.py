@@ -5,7 +5,7 @@ import os
 import platform
 import subprocess
 import time
-from dataclasses import asdict, dataclass, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -41,7 +41,7 @@ def environment() -> dict:
 
 
 def write_table(path: Path, frame: pd.DataFrame, *, description, seconds: float) -> Path:
-    """Write ``frame`` as parquet with provenance, and the same rows as CSV beside it; each file whole or not at all.
+    """Write ``frame`` as parquet with provenance, and the same rows as CSV beside it; both whole or not at all.
 
     Args: description: what the rows are a function of (a dict or a dataclass; stored as JSON); seconds: wall time that
         the rows took.
@@ -51,8 +51,12 @@ def write_table(path: Path, frame: pd.DataFrame, *, description, seconds: float)
     table = pa.Table.from_pandas(frame, preserve_index=False)
     metadata = {**(table.schema.metadata or {}), METADATA_KEY: json.dumps(provenance).encode()}
     path = Path(path)
-    _replace(path, lambda part: pq.write_table(table.replace_schema_metadata(metadata), part))
-    _replace(path.with_suffix(".csv"), lambda part: frame.to_csv(part, index=False, float_format="%.8g"))
+    _replace(
+        {
+            path: lambda part: pq.write_table(table.replace_schema_metadata(metadata), part),
+            path.with_suffix(".csv"): lambda part: frame.to_csv(part, index=False, float_format="%.8g"),
+        }
+    )
     return path
 
 
@@ -81,11 +85,11 @@ class Section:
     folder: Path
     started: float
 
-    def write(self, table: str, frame: pd.DataFrame, *, description, seconds: float | None = None) -> Path:
+    def write(self, table: str, frame: pd.DataFrame, *, description, seconds: float | None = None) -> None:
         """Write ``tables/<table>.parquet`` and ``.csv``; ``seconds`` defaults to the time since the section began."""
         elapsed = time.perf_counter() - self.started if seconds is None else seconds
         path = self.folder / "tables" / f"{table}.parquet"
-        return write_table(path, frame, description=description, seconds=elapsed)
+        write_table(path, frame, description=description, seconds=elapsed)
 
 
 def section(name: str) -> Section:
@@ -94,26 +98,31 @@ def section(name: str) -> Section:
     return Section(name, Path(folder), time.perf_counter())
 
 
-def _replace(path: Path, write) -> None:
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+def _replace(writers: dict) -> None:
+    """Write each file beside its place and, once all are whole, rename them."""
+    parts = {path: path.with_name(f".{path.name}.{os.getpid()}.part") for path in writers}
+    path = next(iter(parts))
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write(part)
-        with open(part, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(part, path)
+        for path, part in parts.items():
+            writers[path](part)
+            with open(part, "rb+") as file:
+                os.fsync(file.fileno())
+        for path, part in parts.items():
+            os.replace(part, path)
     except OSError as error:
         reason = error.strerror or str(error)
         raise ResultsError(f"cannot write {path}: {reason}; free space or choose a writable folder") from error
     finally:
-        if part.is_file():
-            part.unlink()
+        for part in parts.values():
+            if part.is_file():
+                part.unlink()
 
 
 def _plain(value):
     """Dataclasses, tuples and NumPy scalars as JSON's own types; a dataclass keeps its class name."""
     if is_dataclass(value):
-        return {"type": type(value).__name__} | {k: _plain(v) for k, v in asdict(value).items()}
+        return {"type": type(value).__name__} | {f.name: _plain(getattr(value, f.name)) for f in fields(value)}
     if isinstance(value, dict):
         return {str(k): _plain(v) for k, v in value.items()}
     if isinstance(value, list | tuple):
