@@ -11,6 +11,7 @@ import http.client
 import json
 import os
 import re
+import socket
 import tempfile
 from dataclasses import dataclass, field
 from functools import partial
@@ -20,6 +21,8 @@ import numpy as np
 import torch
 
 from labelaug import _torchvision
+
+TIMEOUT = 30.0  # seconds without an answer after which a download is given up
 
 
 class DataMissing(FileNotFoundError):
@@ -138,7 +141,7 @@ def load_images(name: str, data_dir: str | Path) -> ImageSet:
         return _canonical(name, "scikit-learn's digits", *_read_digits())
     folder = Path(data_dir).expanduser()
     layout, npz = LAYOUTS.get(name), folder / f"{name}.npz"
-    if layout and any(_stat(folder / file) for file in layout.files):
+    if _has_layout(name, folder):
         _torchvision.load()  # outside the guard below: a torchvision that does not import is no fault of the data
         where, source, read = folder / layout.source, layout.source, partial(_read_layout, layout, folder)
     elif _stat(npz):
@@ -157,6 +160,12 @@ def load_images(name: str, data_dir: str | Path) -> ImageSet:
             f"{CHECKSUMS[name][:12]}…); {cure}"
         )
     return images
+
+
+def is_there(name: str, data_dir: str | Path) -> bool:
+    """Whether `load_images` would find files to read; reads none of them."""
+    folder = Path(data_dir).expanduser()
+    return name == "digits" or _has_layout(name, folder) or _stat(folder / f"{name}.npz") is not None
 
 
 def load_or_digits(name: str, data_dir: str | Path) -> tuple[ImageSet, str | None]:
@@ -185,6 +194,8 @@ def download(name: str, data_dir: str | Path) -> ImageSet:
         if name not in LAYOUTS:
             raise
     folder, layout = Path(data_dir).expanduser(), LAYOUTS[name]
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(TIMEOUT)  # torchvision sets none: a network that drops packets would hold us for ever
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder, prefix=".download-") as arrived:
@@ -198,6 +209,8 @@ def download(name: str, data_dir: str | Path) -> ImageSet:
             f"image set {name!r} could not be downloaded to {folder} ({_brief(error)}): "
             f"connect to the network and run `labelaug data {name}` again, or put its files there"
         ) from error
+    finally:
+        socket.setdefaulttimeout(before)
     return load_images(name, folder)
 
 
@@ -300,6 +313,11 @@ def standardise(x_train: np.ndarray, *others: np.ndarray) -> list[torch.Tensor]:
             out[:, channel] = table[x[..., channel]]
         standardised.append(torch.from_numpy(out))
     return standardised
+
+
+def _has_layout(name: str, folder: Path) -> bool:
+    layout = LAYOUTS.get(name)
+    return layout is not None and any(_stat(folder / file) for file in layout.files)
 
 
 def _stat(path: Path) -> os.stat_result | None:
