@@ -148,7 +148,7 @@ def strength_panels(
         seed_lines(axis, one, x="strength", method=method)
         erm = one.loc[one["strength"] == 0, "value"].mean()
         axis.axhline(erm, color=colour("erm"), ls=":", lw=1.2)
-        axis.annotate("ERM", (1, erm), xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=9)
+        axis.annotate("ERM", (1, erm), xycoords=("axes fraction", "data"), ha="right", va="top", fontsize=9)
         if baselines is not None:
             level = baselines[group] if isinstance(baselines, Mapping) else baselines
             axis.axhline(level, color=colour("ink"), ls="--", lw=1.2)
@@ -199,26 +199,29 @@ def _strength_grid(frame, *, ylabel, rows, log):
 
 def rate_epoch_maps(frame: pd.DataFrame, *, label: str, panels: Sequence[str], fmt: str = ".2g", log=True) -> Figure:
     """Mean ``value`` over learning rate (rows) and epochs (columns), one map a value of column ``panel``, one scale."""
-    figure, axes = plt.subplots(1, len(panels), figsize=(3.1 * len(panels) + 0.6, 3.1), sharey=True, squeeze=False)
+    lines = -(-len(panels) // 2)
+    figure, axes = plt.subplots(lines, 2, figsize=(7.8, 2.7 * lines), sharex=True, sharey=True, squeeze=False)
     tables = {p: frame[frame["panel"] == p].pivot_table("value", "learning_rate", "epoch").iloc[::-1] for p in panels}
     numbers = np.concatenate([t.to_numpy().ravel() for t in tables.values()])
     floor = max(float(numbers.max()) * 1e-3, 1e-12)
     scale = plt.matplotlib.colors.LogNorm(floor, numbers.max()) if log else plt.Normalize(numbers.min(), numbers.max())
-    for i, (axis, panel) in enumerate(zip(axes[0], panels, strict=True)):
+    for i, (axis, panel) in enumerate(zip(axes.flat, panels, strict=False)):
         sns.heatmap(
             tables[panel].clip(lower=floor) if log else tables[panel],
             ax=axis,
             annot=tables[panel],
             fmt=fmt,
-            annot_kws={"fontsize": 8},
+            annot_kws={"fontsize": 9},
             cmap="cividis",
             norm=scale,
-            cbar=i == len(panels) - 1,
-            cbar_kws={"label": label},
+            cbar=False,
         )
         axis.set_title(panel)
-        axis.set_xlabel("epochs")
-        axis.set_ylabel("learning rate" if i == 0 else "")
-        axis.set_yticklabels([f"{v:g}" for v in tables[panel].index], rotation=0)
+        axis.set_xlabel("epochs" if i >= len(panels) - 2 else "")
+        axis.set_ylabel("learning rate" if i % 2 == 0 else "")
+        axis.set_yticks(np.arange(len(tables[panel])) + 0.5, [f"{v:g}" for v in tables[panel].index], rotation=0)
+    for axis in axes.flat[len(panels) :]:
+        axis.remove()
     figure.tight_layout()
+    figure.colorbar(plt.cm.ScalarMappable(scale, "cividis"), ax=axes, label=label, fraction=0.04, pad=0.02)
     return figure

@@ -1,0 +1,133 @@
+"""Figures: both themes filed, one output of two kinds, caption and alt text demanded, colours legible."""
+
+import json
+import math
+
+import numpy as np
+import pandas as pd
+import pytest
+from matplotlib import pyplot as plt
+
+from labelaug import plots, results
+
+FRAME = pd.DataFrame(
+    [
+        {"method": method, "strength": strength, "seed": seed, "value": strength + 0.1 * seed + 0.1, "case": case}
+        for method in plots.STRENGTH
+        for strength in (0.0, 0.5, 1.0)
+        for seed in range(3)
+        for case in (0.0, 1.0)
+    ]
+)
+
+
+@pytest.fixture
+def section(tmp_path, monkeypatch):
+    monkeypatch.setenv("LABELAUG_RUN_DIR", str(tmp_path))
+    opened = results.section("02_synthetic_sweep")
+    opened.write("points", FRAME, description={}, seconds=0.0)
+    return opened
+
+
+@pytest.fixture
+def shown(monkeypatch):
+    outputs = []
+    monkeypatch.setattr(plots, "display", lambda bundle, raw: outputs.append(bundle))
+    return outputs
+
+
+def one_line():
+    figure, axis = plt.subplots()
+    axis.plot([0, 1], [0, 1], color=plots.colour("mixup"))
+    axis.set_xlabel("x", color=plots.colour("ink"))
+    return figure
+
+
+def test_publish_files_both_themes_and_shows_one_output(section, shown):
+    alt = 'A line: it rises, "quoted".'
+    plots.publish(one_line, section, name="fig-line", caption="It rises, n = 2.", alt=alt, data="points")
+    light, dark = ((section.folder / "figures" / f"fig-line-{mode}.svg").read_text() for mode in ("light", "dark"))
+    assert plots.LIGHT["mixup"] in light and plots.DARK["mixup"] not in light
+    assert plots.DARK["mixup"] in dark and plots.THEMES["dark"]["background"] in dark
+    (bundle,) = shown
+    lines = bundle["text/markdown"].splitlines()
+    assert lines[0] == ":::{study-figure} figures/02_synthetic_sweep/fig-line-light.svg"
+    assert ":data: tables/02_synthetic_sweep/points.csv" in lines
+    assert json.loads(next(line for line in lines if line.startswith(":alt:")).removeprefix(":alt: ")) == alt
+    assert lines[-2:] == ["It rises, n = 2.", ":::"]
+    assert "It rises" in bundle["text/html"] and "tables/points.csv" in bundle["text/html"]
+    assert not plt.get_fignums()  # nothing left open
+
+
+def test_the_same_figure_is_the_same_file(section, shown):
+    for name in ("fig-a", "fig-b"):
+        plots.publish(one_line, section, name=name, caption="c", alt="a", data="points")
+    first, second = ((section.folder / "figures" / f"{name}-light.svg").read_bytes() for name in ("fig-a", "fig-b"))
+    assert first == second
+
+
+@pytest.mark.parametrize(
+    "missing, message",
+    [({"caption": " "}, "needs a caption"), ({"alt": ""}, "needs a caption"), ({"data": "no"}, "has not written")],
+)
+def test_publish_refuses(section, shown, missing, message):
+    given = {"caption": "c", "alt": "a", "data": "points"} | missing
+    with pytest.raises(ValueError, match=message):
+        plots.publish(one_line, section, name="fig-line", **given)
+    assert not shown and not (section.folder / "figures").exists()
+
+
+def test_bands_are_one_standard_deviation_of_the_seeds():
+    figure, axis = plt.subplots()
+    one = FRAME[(FRAME["method"] == "mixup") & (FRAME["case"] == 0)]
+    plots.seed_lines(axis, one, x="strength", method="mixup")
+    band = axis.collections[0].get_paths()[0].vertices
+    at_zero = one[one["strength"] == 0]["value"]
+    low, high = band[band[:, 0] == 0][:, 1].min(), band[band[:, 0] == 0][:, 1].max()
+    assert math.isclose(high - low, 2 * np.std(at_zero, ddof=1), rel_tol=1e-9)
+    assert not math.isclose(high - low, 2 * np.std(at_zero), rel_tol=1e-3)  # n - 1, not n
+    assert len(axis.lines) == 3 + 1
+    plt.close(figure)
+
+
+def test_panels_by_method_and_row():
+    frame = FRAME.assign(row="row " + FRAME["case"].astype(str))
+    figure = plots.strength_panels(frame, ylabel="v", rows="row", baselines={"row 0.0": 0.2, "row 1.0": 0.3})
+    assert len(figure.axes) == 6
+    dashed = [[line.get_ydata()[0] for line in axis.lines if line.get_linestyle() == "--"] for axis in figure.axes]
+    assert dashed == [[0.2]] * 3 + [[0.3]] * 3
+    plt.close(figure)
+    family = plots.strength_family(FRAME, by="case", bylabel="case", ylabel="v")
+    assert [text.get_text() for text in family.legends[0].get_texts()] == ["0", "1"]
+    plt.close(family)
+
+
+def test_maps_put_means_into_their_cells():
+    frame = pd.DataFrame(
+        [
+            {"panel": panel, "learning_rate": rate, "epoch": epoch, "seed": seed, "value": rate * epoch + seed}
+            for panel in ("ERM", "mixup")
+            for rate in (0.1, 1.0)
+            for epoch in (10, 30)
+            for seed in (0, 2)
+        ]
+    )
+    figure = plots.rate_epoch_maps(frame, label="v", panels=["ERM", "mixup"])
+    texts = [text.get_text() for text in figure.axes[0].texts]
+    assert texts == ["11", "31", "2", "4"]  # the largest learning rate on top
+    plt.close(figure)
+
+
+def luminance(colour):
+    channels = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+    linear = [c / 12.92 if c <= 0.03928 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
+    return float(np.dot([0.2126, 0.7152, 0.0722], linear))
+
+
+@pytest.mark.parametrize("mode", plots.THEMES)
+def test_colours_stand_out_from_their_background(mode):
+    """WCAG asks for a contrast of 3 for graphical objects and 4.5 for text."""
+    ground = luminance(plots.THEMES[mode]["background"])
+    for name, colour in (*plots.THEMES[mode]["palette"].items(), ("ink", plots.THEMES[mode]["ink"])):
+        bright, dim = sorted((luminance(colour), ground), reverse=True)
+        assert (bright + 0.05) / (dim + 0.05) > (4.5 if name == "ink" else 3), name
