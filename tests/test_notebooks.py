@@ -1,0 +1,347 @@
+"""Parameters are refused before anything starts, what is current is kept, what is not is run; all on tiny notebooks."""
+
+import json
+import shutil
+import sys
+
+import papermill.cli
+import pytest
+from conftest import Project
+
+from labelaug import notebooks, paths
+from labelaug.data import images
+from labelaug.notebooks import NotebookError, ParameterError, resolve, run_sections
+
+PARAMETERS = """\
+n_seeds: int = 5  # runs per strength
+lr: float = 1e-3  # of Adam
+decoupled: bool = False
+pair: str = 'airplane'  # class
+strengths: list[float] = [0, 0.5]
+sizes: list[int] = [100,
+    200]  # images
+names: list[str] = []"""
+DEFAULTS = {
+    "n_seeds": 5, "lr": 1e-3, "decoupled": False, "pair": "airplane", "strengths": [0.0, 0.5], "sizes": [100, 200],
+    "names": [],
+}  # fmt: skip
+
+
+@pytest.fixture
+def one(project):
+    project.write("01_one", PARAMETERS)
+    return project
+
+
+# Parameters
+
+
+def test_inspect_reads_the_parameters_cell(one):
+    found = notebooks.inspect("01_one")
+    assert {name: parameter.default for name, parameter in found.items()} == DEFAULTS
+    assert list(found) == list(DEFAULTS)
+    assert [p.kind for p in found.values()] == ["int", "float", "bool", "str", "list[float]", "list[int]", "list[str]"]
+    assert [p.help for p in found.values()] == ["runs per strength", "of Adam", "", "class", "", "images", ""]
+    path = str(one.notebooks / "01_one.ipynb").replace("{", "{{").replace("}", "}}")
+    assert list(papermill.inspect_notebook(path)) == list(found)  # the same as plain papermill sees
+
+
+UNCHECKED = ["n = 5", "n: int = 5  # n = 5 as in the paper", "n: dict = {}", "n: int | None = 5", "a = b = 1", "n += 1"]
+
+
+@pytest.mark.parametrize("line", [*UNCHECKED, "n: int = 0.5"])
+def test_a_parameter_that_papermill_would_not_check_is_refused(project, line):
+    project.write("01_one", line)
+    with pytest.raises(ParameterError, match=r"01_one: (write the parameter \w|n must be int, got 0.5)"):
+        notebooks.inspect("01_one")
+
+
+@pytest.mark.parametrize(
+    ("name", "given", "value"),
+    [
+        ("n_seeds", 2, 2), ("n_seeds", "2", 2), ("n_seeds", "010", 10), ("n_seeds", "-3", -3),
+        ("lr", 1, 1.0), ("lr", "1e-3", 1e-3), ("lr", "1", 1.0),
+        ("decoupled", True, True), ("decoupled", "true", True), ("decoupled", "False", False),
+        ("pair", "no", "no"), ("pair", "5", "5"), ("pair", "[a: b", "[a: b"), ("pair", "", ""),
+        ("strengths", "[0, 1e-3]", [0.0, 1e-3]), ("strengths", [1], [1.0]), ("strengths", "[]", []),
+        ("sizes", "[1, 010]", [1, 10]), ("names", "[no, 'a, b']", ["no", "a, b"]),
+    ],
+)  # fmt: skip
+def test_a_value_takes_the_type_of_its_parameter(one, name, given, value):
+    resolved = resolve("01_one", overrides={name: given})
+    assert resolved == DEFAULTS | {name: value}
+    assert type(resolved[name]) is type(value)
+
+
+@pytest.mark.parametrize(
+    ("name", "given"),
+    [
+        ("n_seeds", 2.5), ("n_seeds", "2.5"), ("n_seeds", 2.0), ("n_seeds", True), ("n_seeds", "five"),
+        ("n_seeds", None), ("n_seeds", "[1]"), ("lr", True), ("lr", "true"), ("lr", "fast"), ("lr", "nan"),
+        ("lr", float("inf")), ("lr", [1.0]), ("decoupled", 1), ("decoupled", "1"), ("decoupled", "yes"),
+        ("decoupled", ""), ("pair", 5), ("pair", ["a"]), ("strengths", "0.5"), ("strengths", 0.5),
+        ("strengths", "[0.5, x]"), ("strengths", [True]), ("strengths", "[0.5"), ("strengths", "[[0.5]]"),
+        ("sizes", "[0.5]"), ("sizes", [0.5]), ("names", [1]), ("names", "[[a]]"),
+    ],
+)  # fmt: skip
+def test_a_wrong_type_is_refused(one, name, given):
+    with pytest.raises(ParameterError) as caught:
+        resolve("01_one", overrides={name: given})
+    assert str(caught.value) == f"01_one: {name} must be {notebooks.inspect('01_one')[name].kind}, got {given!r}"
+
+
+def test_an_unknown_name_is_refused_with_the_nearest(one):
+    with pytest.raises(ParameterError) as caught:
+        resolve("01_one", overrides={"n_seed": 2})
+    assert str(caught.value) == (
+        "01_one: no parameter 'n_seed'; did you mean 'n_seeds'? there are: " + ", ".join(DEFAULTS)
+    )
+
+
+def test_a_profile_changes_the_defaults_and_the_command_line_the_profile(one):
+    one.profiles("smoke: {01_one: {n_seeds: 2, lr: 1e-2, strengths: [0, 1]}}\npaper:\n")
+    assert resolve("01_one", "smoke") == DEFAULTS | {"n_seeds": 2, "lr": 1e-2, "strengths": [0.0, 1.0]}
+    assert resolve("01_one", "smoke", {"n_seeds": 3})["n_seeds"] == 3
+    assert resolve("01_one", "paper") == resolve("01_one") == DEFAULTS
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("smoke: {01_one: {n_seed: 2}}", "01_one in profiles.yml: no parameter 'n_seed'; did you mean 'n_seeds'"),
+        ("smoke: {01_one: {n_seeds: 2.5}}", "01_one in profiles.yml: n_seeds must be int, got '2.5'"),
+        ("smoke: {01_one: {decoupled: 1}}", "decoupled must be bool, got '1'"),
+        ("smoke: {01_one: n_seeds}", "profiles.yml, smoke, 01_one: expected 'parameter: value', got 'n_seeds'"),
+        ("smoke: {02_one: {n_seeds: 2}}", "profiles.yml, smoke: no section '02_one'; did you mean '01_one'"),
+        ("smok: {}", "profiles.yml: no profile 'smok'"),
+        ("default: {}", "profiles.yml: no profile 'default'"),
+        ("smoke: {01_one: [", "profiles.yml is not YAML: "),
+    ],
+)
+def test_profiles_are_checked_too(one, text, sentence):
+    one.profiles(text)
+    with pytest.raises(ParameterError, match=r"^[^\n]*$") as caught:
+        resolve("01_one", "smoke")
+    assert sentence in str(caught.value)
+
+
+def test_an_override_goes_to_the_sections_that_have_it(one):
+    one.write("02_two", "n_seeds: int = 1")
+    resolved = notebooks.resolve_all(["01_one", "02_two"], overrides={"n_seeds": "3", "pair": "cat"})
+    assert resolved == {"01_one": DEFAULTS | {"n_seeds": 3, "pair": "cat"}, "02_two": {"n_seeds": 3}}
+    with pytest.raises(ParameterError, match="02_two: no parameter 'pair'; there are: n_seeds"):
+        notebooks.resolve_all(["02_two"], overrides={"pair": "cat"})
+
+
+def test_a_section_is_named_in_full_by_its_beginning_or_by_its_file(one, monkeypatch):
+    one.write("02_two", "")
+    one.write("02_twin", "")
+    (one.notebooks / "draft.ipynb").write_text("{}")
+    monkeypatch.chdir(one.root)
+    assert notebooks.match([]) == ["01_one", "02_twin", "02_two"]
+    assert notebooks.match(["02_two", "01", "notebooks/01_one.ipynb"]) == ["02_two", "01_one"]
+    for name, sentence in (
+        ("02", "'02' means several sections: 02_twin, 02_two"),
+        ("1_one", "'1_one' is no section; did you mean '01_one'"),
+        ("", "'' is no section"),
+        ("draft.ipynb", "is no section"),
+        ("elsewhere/01_one.ipynb", "'elsewhere/01_one.ipynb' is no section"),
+    ):
+        with pytest.raises(ParameterError, match=sentence):
+            notebooks.match([name])
+
+
+# The key
+
+
+def test_the_key_follows_each_ingredient_and_nothing_else(one, tmp_path, monkeypatch):
+    """Change one thing at a time, from an unchanged state each time; what must not matter is the control."""
+    one.write("01_one", PARAMETERS, "1 + 1", data=["cifar100"])
+    data = tmp_path / "data"
+    data.mkdir()
+    monkeypatch.setenv("LABELAUG_DATA", str(data))
+    source, package = one.notebooks / "01_one.ipynb", one.root / "package"
+
+    def key(**changes):
+        return notebooks._plan("01_one", DEFAULTS | changes, "default").key
+
+    def edited(path, old, new):
+        before = path.read_text() if path.exists() else None
+        path.write_text((before or "").replace(old, new) if old else (before or "") + new)
+        changed = key()
+        path.write_text(before) if before is not None else path.unlink()
+        assert key() == first  # back to where it was
+        return changed
+
+    first = key()
+    assert key(n_seeds=6) != first
+    assert edited(source, "1 + 1", "1 + 2") != first
+    assert edited(source, '"parameters"', '"parameters", "hide-input"') != first
+    assert edited(package / "losses.py", "", "\n") != first
+    assert edited(package / "training" / "new.py", "", "x = 1\n") != first
+    assert edited(one.root / "requirements.txt", "numpy", "torch") != first
+    assert edited(data / "cifar100.npz", "", "x") != first
+
+    assert edited(source, '"execution_count": null', '"execution_count": 7') == first
+    assert edited(source, '"tags": [', '"execution": {"a": 1}, "tags": [') == first
+    for name in notebooks.CHANGES_NO_NUMBER:
+        assert edited(package / name, "", "\n# a comment\n") == first
+    one.write("01_one", PARAMETERS, "1 + 1")
+    without = key()
+    (data / "cifar100.npz").write_text("x")
+    assert key() == without and without != first  # a section that reads no images does not depend on them
+    assert images.fingerprint(data) != images.fingerprint(tmp_path)
+
+
+# Running
+
+WAIT = """\
+import os, pathlib, sys, time
+shared = pathlib.Path({folder!r})
+(shared / {mine!r}).touch()
+until = time.monotonic() + 60
+while not (shared / {other!r}).exists() and time.monotonic() < until:
+    time.sleep(0.02)
+assert (shared / {other!r}).exists(), 'ran alone'
+pathlib.Path(os.environ['LABELAUG_RUN_DIR'], 'seen.txt').write_text(
+    f"{{os.environ['OMP_NUM_THREADS']}} {{n}} {{sys.executable}} {{os.environ['LABELAUG_DATA']}}")"""
+
+
+@pytest.fixture(scope="module")
+def ran(tmp_path_factory):
+    """Two notebooks that wait for each other, run with an override that one of them has: the project and the runs."""
+    root = tmp_path_factory.mktemp("ran")
+    project = Project(root / "a {project}")
+    for section, mine, other in (("01_one", "a", "b"), ("02_two", "b", "a")):
+        code = WAIT.format(folder=str(root), mine=mine, other=other)
+        project.write(section, "n: int = 1  # any" + ("\nlr: float = 0.1" if mine == "a" else ""), code)
+    elsewhere = root / "jupyter" / "kernels" / "python3"  # a user's kernel of the same name, of no use to us
+    elsewhere.mkdir(parents=True)
+    (elsewhere / "kernel.json").write_text('{"argv": ["false"], "display_name": "", "language": "python"}')
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        project.use(monkeypatch)
+        monkeypatch.setenv("JUPYTER_PATH", str(root / "jupyter"))
+        monkeypatch.setenv("LABELAUG_DATA", "sets")
+        monkeypatch.chdir(root)
+        monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+        monkeypatch.setattr(notebooks.os, "sched_getaffinity", lambda pid: {0, 1, 2, 3}, raising=False)
+        return project, run_sections(overrides={"lr": "0.5"}, jobs=2, progress=False)
+
+
+def test_notebooks_run_at_once_and_share_the_cores(ran):
+    project, runs = ran
+    assert [run.section for run in runs] == ["01_one", "02_two"]
+    for run in runs:
+        assert run.path == project.runs / run.section / run.key
+        # four cores for two, the parameter, this interpreter, the folder as seen from here
+        assert (run.path / "seen.txt").read_text() == f"2 1 {sys.executable} {project.root.parent / 'sets'}"
+
+
+def test_a_run_records_what_it_depends_on(ran):
+    one, two = ran[1]
+    assert (one.parameters, one.profile) == ({"n": 1, "lr": 0.5}, None)
+    assert (two.parameters, two.profile) == ({"n": 1}, "default")
+    assert one.seconds > 0 and one.data is None and one.versions["papermill"] == papermill.__version__
+    assert json.loads((one.path / "run.json").read_text())["key"] == one.path.name
+
+
+def test_an_executed_notebook_is_whole_and_free_of_this_machines_paths(ran):
+    project, (one, two) = ran
+    for run, injected in ((one, 1), (two, 0)):
+        text = (run.path / "notebook.ipynb").read_text()
+        notebook = json.loads(text)
+        code = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
+        assert [cell["execution_count"] for cell in code] == list(range(1, 3 + injected))
+        assert sum("injected-parameters" in cell["metadata"]["tags"] for cell in code) == injected
+        assert notebook["metadata"]["papermill"]["input_path"] == f"notebooks/{run.section}.ipynb"
+        assert str(project.build) not in text
+    assert sorted(path.name for path in project.runs.rglob("*") if path.name.startswith(".")) == []
+
+
+def test_what_is_current_is_not_run_again(ran, monkeypatch):
+    project, runs = ran
+    project.use(monkeypatch)
+    before = project.files()
+    monkeypatch.setattr(notebooks, "_supervise", None)  # to run anything is an error
+    assert run_sections(overrides={"lr": 0.5}, progress=False) == runs
+    assert notebooks.current_runs() == ({"02_two": runs[1].path}, ["01_one"])  # 01_one ran with lr of its own
+    with pytest.raises(TypeError, match="NoneType"):
+        run_sections(["02"], force=True, progress=False)
+    assert project.files() == before
+
+
+def test_refusals_come_before_anything_starts(one, monkeypatch):
+    one.write("02_two", "n_seeds: int = 1")
+    monkeypatch.setattr(notebooks, "_supervise", None)
+    for overrides in ({"n_seeds": "many"}, {"n_seed": "1"}, {"sizes": "[x]"}):
+        with pytest.raises(ParameterError):
+            run_sections(overrides=overrides, progress=False)
+        assert not one.build.exists()
+
+
+def test_a_failing_cell_keeps_the_earlier_result_and_stops_no_other_notebook(project, capfd):
+    fails = "assert n < 3, f'n is too large:\\n  {n} of 2'"
+    project.write("01_one", "n: int = 2", "n", fails)
+    first = project.finish("01_one")
+    before = project.files()
+    project.write("02_two", "n: int = 2", "n")
+    with pytest.raises(NotebookError) as caught:
+        run_sections(overrides={"n": 3})
+    kept = project.build / "failed" / "01_one.ipynb"
+    assert str(caught.value) == (  # the fourth cell of the source: papermill's own is not counted
+        f"01_one: cell 4 stopped with AssertionError: 3 of 2; the notebook as it stopped is {kept}"
+    )
+    assert "n is too large" in kept.read_text()
+    after = project.files()
+    assert before.items() <= after.items()  # what was there is unchanged
+    assert sum("01_one" in path for path in after) == len(before) + 1
+    assert notebooks.current_runs() == ({"01_one": first}, ["02_two"])
+    assert not list(project.runs.rglob(".*"))
+    shown = capfd.readouterr().err.splitlines()  # no terminal: short lines
+    assert {line.split(" after")[0] for line in shown} == {
+        "01_one: running", "02_two: running", "01_one: failed", "02_two: done",
+    }  # fmt: skip
+
+    project.write("01_one", "n: int = 2", "n", fails + "  # edited")  # a success takes the place of both
+    (second,) = run_sections(["01"], progress=False)
+    assert not kept.exists() and not first.exists() and second.path.exists()
+
+
+def test_a_run_takes_the_place_of_its_own_kind_only(project):
+    """Same parameters or same profile, on the same image sets; the rest are results of something else."""
+    project.write("01_one", "n: int = 2")
+    new = project.finish("01_one")
+    record = json.loads((new / "run.json").read_text())
+    others = {
+        "parameters": {"profile": None}, "profile": {"parameters": {"n": 1}},
+        "smoke": {"profile": "smoke", "parameters": {"n": 1}}, "own": {"profile": None, "parameters": {"n": 1}},
+        "data": {"data": "abc"},
+    }  # fmt: skip
+    for name, changes in others.items():
+        (new.parent / name).mkdir()
+        (new.parent / name / "run.json").write_text(json.dumps(record | changes))
+    notebooks._drop_superseded(new, record)
+    assert sorted(path.name for path in new.parent.iterdir()) == sorted([new.name, "smoke", "own", "data"])
+
+
+def test_a_terminal_shows_a_bar_for_each_notebook(project, monkeypatch, capsys):
+    project.write("01_one", "", "1", "2")
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    display = notebooks._Progress(True)
+    display.start("01_one")
+    display.cell("01_one", {"cell": 2})
+    display.say("02_two: current")
+    display.end("01_one", None)
+    display.close()
+    shown = capsys.readouterr().err
+    assert "01_one:   0%" in shown and "01_one: 100%" in shown and "4/4" in shown and "02_two: current\n" in shown
+
+
+def test_plain_papermill_runs_a_notebook_without_us(project, tmp_path):
+    path = project.write("01_one", "n: int = 2", "print('n is', n)")
+    source, out = tmp_path / "plain.ipynb", tmp_path / "out.ipynb"
+    shutil.copy(path, source)
+    command = [str(source), str(out), "-p", "n", "7", "--no-progress-bar"]
+    papermill.cli.papermill(command, standalone_mode=False)
+    assert "n is 7" in out.read_text()
+    assert not paths.BUILD.exists()
