@@ -1,0 +1,214 @@
+"""The command line: ``labelaug run | book | claims | data | bench``.
+
+Imports of what a command needs stand inside it, so that ``labelaug --help`` answers at once.
+"""
+
+import errno
+import os
+from pathlib import Path
+
+import click
+
+# What the machine can refuse; any other OSError is a bug and shows its traceback.
+REFUSED = {
+    getattr(errno, name)
+    for name in "EACCES EPERM EROFS ENOSPC EDQUOT EFBIG ENOTDIR EISDIR EEXIST EMFILE ENFILE EIO".split()
+    if hasattr(errno, name)
+}
+
+
+class _Group(click.Group):
+    """One sentence for what a user can mend: the package's own exceptions, and a folder that cannot be used."""
+
+    def invoke(self, context):
+        try:
+            return super().invoke(context)
+        except Exception as error:
+            if type(error).__module__.startswith("labelaug."):
+                raise click.ClickException(str(error).replace("\n", "\nError: ")) from None
+            if isinstance(error, OSError) and error.errno in REFUSED:
+                reason = f"cannot use {error.filename or 'a file'}: {error.strerror}; free space or make it writable"
+                raise click.ClickException(reason) from None
+            raise
+
+
+def _data_dir(context, option, value):
+    """Use the folder of --data-dir here and in every child process."""
+    if value is not None:
+        if not Path(value).is_dir():
+            raise click.BadParameter(f"there is no folder '{value}'; name the one that holds the image sets")
+        os.environ["LABELAUG_DATA"] = str(Path(value).resolve())
+
+
+def _overrides(context, option, pairs):
+    names = [name for name, _ in pairs]
+    for name in names:
+        if names.count(name) > 1:
+            raise click.BadParameter(f"{name} is set {names.count(name)} times")
+    return dict(pairs)
+
+
+def _fetch(sections):
+    """Try to download the image sets that sections name in their metadata and that are not in the data folder.
+
+    A set that cannot be had is no error here: its section says so on its page and runs on the digits.
+    """
+    from labelaug import notebooks, paths
+
+    for name in notebooks.image_sets(sections):
+        from labelaug.data import images  # slow to import, and most sections read no images
+
+        if not images.is_there(name, paths.data_dir()):
+            try:
+                images.download(name, paths.data_dir())
+            except images.DataMissing as error:
+                click.echo(f"{error}; its section runs on scikit-learn's digits", err=True)
+
+
+profile_option = click.option(
+    "--profile",
+    type=click.Choice(["smoke", "default", "paper"]),
+    default="default",
+    show_default=True,
+    help="Parameters: the notebooks' own, tiny ones (smoke), or the papers' in full (paper).",
+)
+data_option = click.option(
+    "--data-dir",
+    metavar="FOLDER",
+    callback=_data_dir,
+    expose_value=False,
+    is_eager=True,
+    help="Image sets; else $LABELAUG_DATA, else ~/.cache/labelaug.",
+)
+jobs_option = click.option(
+    "--jobs", type=click.IntRange(min=1), help="Notebooks at once.  [default: one per core, as many as are stale]"
+)
+force_option = click.option("--force", is_flag=True, help="Run what is current too.")
+json_option = click.option("--json", "as_json", is_flag=True, help="Rows as JSON.")
+
+
+@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(package_name="labelaug")
+def main():
+    """Label smoothing and Mixup, studied: run the sections, build the book, read the claims."""
+
+
+@main.command()
+@click.argument("notebooks", nargs=-1, metavar="[NOTEBOOK]...")
+@profile_option
+@click.option(
+    "-p",
+    "overrides",
+    nargs=2,
+    multiple=True,
+    metavar="NAME VALUE",
+    callback=_overrides,
+    help="Set a parameter of each notebook that has it; a list as '[0.1, 0.2]'. May be repeated.",
+)
+@force_option
+@jobs_option
+@data_option
+def run(notebooks, profile, overrides, force, jobs):
+    """Run the notebooks that are not current.
+
+    NOTEBOOK is a section such as 02_synthetic_sweep, its beginning (02), or the path of its file; none means all.
+    """
+    from labelaug.notebooks import match, resolve_all, run_sections
+
+    names = match(notebooks)
+    resolve_all(names, profile, overrides)  # a mistake is told before anything is downloaded
+    _fetch(names)
+    runs = run_sections(names, profile=profile, overrides=overrides, force=force, jobs=jobs)
+    for finished in runs:
+        click.echo(f"{finished.section}: {finished.path / 'notebook.ipynb'}")
+
+
+@main.command()
+@profile_option
+@force_option
+@jobs_option
+@data_option
+def book(profile, force, jobs):
+    """Run what is stale, then build the pages."""
+    import time
+
+    from labelaug import book as pages
+    from labelaug import claims
+    from labelaug.notebooks import run_sections, sections
+
+    started = time.perf_counter()
+    _fetch(sections())
+    runs = {finished.section: finished.path for finished in run_sections(profile=profile, force=force, jobs=jobs)}
+    rows = claims.evaluate(runs)
+    generated = {
+        "ledger.md": claims.ledger_markdown(rows),
+        "headline.md": claims.headline_markdown(rows),
+        "execution.md": claims.execution_markdown(runs),
+    }
+    index = pages.build(pages.assemble(runs, generated))
+    click.echo(f"{index} ({time.perf_counter() - started:.0f} s)")
+
+
+@main.command("claims")
+@json_option
+@profile_option
+@data_option
+def claims_command(as_json, profile):
+    """Print each claim, our number, the verdict."""
+    import json
+
+    from labelaug import claims
+    from labelaug.notebooks import current_runs
+
+    rows = claims.evaluate(current_runs(profile)[0])
+    if as_json:
+        return click.echo(json.dumps(rows, indent=1, ensure_ascii=False, allow_nan=False))
+    for row in rows:
+        click.echo(f"{row['id']:8} {claims.number(row):28} {row['verdict']:16} {row['claim']}")
+        if row["why"]:
+            click.echo(f"{'':8} {row['why']}")
+
+
+@main.command()
+@click.argument("names", nargs=-1, required=True, metavar="NAME...")
+@click.option("--data-dir", metavar="FOLDER", help="Where to; else $LABELAUG_DATA, else ~/.cache/labelaug.")
+def data(names, data_dir):
+    """Verify or download image sets.
+
+    NAME is cifar10, cifar100, mnist, fashion-mnist, svhn, or that of a NAME.npz of your own in the folder.
+    """
+    from labelaug import paths
+    from labelaug.data import images
+
+    folder = paths.data_dir(data_dir)
+    for name in names:
+        try:
+            found = images.download(name, folder)
+        except ValueError as error:  # not a name that an image set can have
+            raise click.BadParameter(str(error), param_hint="NAME") from None
+        click.echo(
+            f"{name}: {len(found.x_train)} + {len(found.x_test)} images of {len(found.classes)} classes in {folder}, "
+            f"checksum {found.checksum[:12]}"
+        )
+
+
+@main.command()
+@json_option
+@click.option("--quick", is_flag=True, help="Fewer repetitions.")
+def bench(as_json, quick):
+    """Time the linear trainer on this machine.
+
+    Each row holds it against what one would otherwise write, in the same run.
+    """
+    import importlib.util
+
+    from labelaug import paths
+
+    spec = importlib.util.spec_from_file_location("linear_benchmark", paths.PROJECT / "benchmarks" / "linear.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    module.main(json=as_json, quick=quick)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,184 @@
+"""The command line: one sentence and an exit code for what a user can mend, a traceback for what only we can."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+from click.testing import CliRunner
+
+from labelaug import book, claims, notebooks, results
+from labelaug.cli import main
+from labelaug.data import images
+
+
+@pytest.fixture
+def command(project, monkeypatch):
+    """Calls the command line on a small project, on which no notebook can run."""
+    project.write("01_one", "n_seeds: int = 5\nlr: float = 0.1")
+    project.write("02_two", "n_seeds: int = 5")
+    (project.root / "book" / "claims.yml").write_text("[]")
+    monkeypatch.setattr(notebooks, "_supervise", None)
+    monkeypatch.setenv("LABELAUG_DATA", str(project.root / "no data"))
+    monkeypatch.chdir(project.root)
+    return lambda *arguments: CliRunner().invoke(main, arguments, prog_name="labelaug")
+
+
+REFUSALS = [
+    (["run", "3"], 1, "Error: '3' is no section; there are: 01_one, 02_two"),
+    (["run", "02_too"], 1, "Error: '02_too' is no section; did you mean '02_two'? there are: 01_one, 02_two"),
+    (["run", "0"], 1, "Error: '0' means several sections: 01_one, 02_two"),
+    (["run", "notebooks/03.ipynb"], 1, "Error: 'notebooks/03.ipynb' is no section; there are: 01_one, 02_two"),
+    (["run", "-p", "n_seed", "2"], 1,
+     "Error: 01_one, 02_two: no parameter 'n_seed'; did you mean 'n_seeds'? there are: lr, n_seeds"),
+    (["run", "02", "-p", "lr", "1"], 1, "Error: 02_two: no parameter 'lr'; there are: n_seeds"),
+    (["run", "-p", "n_seeds", "2.5"], 1, "Error: 01_one: n_seeds must be int, got '2.5'"),
+    (["run", "-p", "n_seeds", "true"], 1, "Error: 01_one: n_seeds must be int, got 'true'"),
+    (["run", "-p", "lr", "fast"], 1, "Error: 01_one: lr must be float, got 'fast'"),
+    (["run", "-p", "lr", "1", "-p", "lr", "2"], 2, "Error: Invalid value for '-p': lr is set 2 times"),
+    (["run", "-p", "lr"], 2, "Error: Option '-p' requires 2 arguments."),
+    (["run", "--profile", "big"], 2,
+     "Error: Invalid value for '--profile': 'big' is not one of 'smoke', 'default', 'paper'."),
+    (["run", "--jobs", "0"], 2, "Error: Invalid value for '--jobs': 0 is not in the range x>=1."),
+    (["run", "--data-dir", "nowhere"], 2,
+     "Error: Invalid value for '--data-dir': there is no folder 'nowhere'; name the one that holds the image sets"),
+    (["book", "--data-dir", "nowhere"], 2,
+     "Error: Invalid value for '--data-dir': there is no folder 'nowhere'; name the one that holds the image sets"),
+    (["data"], 2, "Error: Missing argument 'NAME...'."),
+    (["data", "../x"], 2,
+     "Error: Invalid value for NAME: an image set's name is made of letters, digits, '-', '_' and '.', got '../x'"),
+    (["data", "own"], 1,
+     "Error: image set 'own' is not in {root}/no data: it needs a file own.npz there, for `labelaug data` knows only "
+     "cifar10, cifar100, mnist, fashion-mnist, svhn"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("arguments", "code", "sentence"), REFUSALS, ids=[" ".join(row[0]) for row in REFUSALS])
+def test_a_mistake_is_one_sentence(command, project, arguments, code, sentence):
+    done = command(*arguments)
+    assert (done.exit_code, done.stderr.splitlines()[-1]) == (code, sentence.replace("{root}", str(project.root)))
+    assert done.stdout == "" and done.stderr.count("Error") == 1 and not project.build.exists()
+
+
+@pytest.mark.parametrize(
+    ("raised", "said"),
+    [
+        (notebooks.NotebookError("01: a\n02: b"), "Error: 01: a\nError: 02: b\n"),
+        (images.DataError("the set is torn"), "Error: the set is torn\n"),
+        (results.ResultsError("no room"), "Error: no room\n"),
+        (book.BookError("no page"), "Error: no page\n"),
+        (claims.ClaimError("no row"), "Error: no row\n"),
+        (OSError(28, "No space left on device", "runs"),
+         "Error: cannot use runs: No space left on device; free space or make it writable\n"),
+        (OSError(30, "Read-only file system", "runs"),
+         "Error: cannot use runs: Read-only file system; free space or make it writable\n"),
+    ],
+)  # fmt: skip
+def test_an_expected_error_shows_no_traceback(command, monkeypatch, raised, said):
+    def fails(*arguments, **options):
+        raise raised
+
+    monkeypatch.setattr(notebooks, "run_sections", fails)
+    done = command("run")
+    assert (done.exit_code, done.stderr) == (1, said)
+
+
+@pytest.mark.parametrize("raised", [ValueError("ours"), KeyError("ours"), FileNotFoundError(2, "ours", "x")])
+def test_a_bug_keeps_its_traceback(command, monkeypatch, raised):
+    def fails(*arguments, **options):
+        raise raised
+
+    monkeypatch.setattr(notebooks, "run_sections", fails)
+    assert command("run").exception is raised
+
+
+def test_options_reach_the_runner(command, project, monkeypatch):
+    seen = {}
+    monkeypatch.setattr(notebooks, "run_sections", lambda names, **options: seen.update(options, names=names) or [])
+    (project.root / "sets").mkdir()
+    options = "--force --jobs 3 --profile paper --data-dir sets".split()
+    done = command("run", "01", "-p", "lr", "-1", "-p", "n_seeds", "2", *options)
+    assert done.exit_code == 0, done.stderr
+    assert seen.pop("overrides") == {"lr": "-1", "n_seeds": "2"}
+    assert seen == {"names": ["01_one"], "force": True, "jobs": 3, "profile": "paper"}
+    assert notebooks.paths.data_dir() == project.root / "sets"  # for this process and its children
+
+
+def test_run_fetches_the_image_sets_that_its_sections_name_and_lack(command, project, monkeypatch):
+    """After the check of parameters, and a set that cannot be had stops nothing."""
+    project.write("01_one", "n_seeds: int = 5", data=["cifar10", "digits", "mnist"])
+    asked, run = [], []
+
+    def download(name, folder):
+        asked.append((name, folder))
+        if name == "mnist":
+            raise images.DataMissing("no network")
+
+    monkeypatch.setattr(images, "download", download)
+    monkeypatch.setattr(notebooks, "run_sections", lambda names, **options: run.append(names) or [])
+    folder = project.root / "no data"
+    assert command("run", "02").exit_code == 0 and asked == []
+    assert command("run", "-p", "n_seeds", "x").exit_code == 1 and asked == []
+    done = command("run")
+    assert asked == [("cifar10", folder), ("mnist", folder)] and run == [["02_two"], ["01_one", "02_two"]]
+    assert done.exit_code == 0 and done.stderr == "no network; its section runs on scikit-learn's digits\n"
+
+
+def test_run_prints_where_the_notebooks_are(command, project):
+    folders = [project.finish(section) for section in ("01_one", "02_two")]
+    done = command("run")
+    assert done.stdout.splitlines() == [f"{path.parent.name}: {path / 'notebook.ipynb'}" for path in folders]
+
+
+def test_claims_prints_rows(command, project):
+    (project.root / "book" / "claims.yml").write_text(
+        "- {id: B-2, claim: c, source: s, table: book/structure, value: exact(len(t)), verdicts: [{verdict: holds}]}\n"
+        "- {id: P2-Z, claim: c, source: s, not_tested: later}\n"
+    )
+    first, second = json.loads(command("claims", "--json").stdout)
+    wanted = {"id", "claim", "value", "low", "high", "verdict", "why", "where", "provenance"}
+    assert wanted <= first.keys() == second.keys()
+    assert (first["value"], first["verdict"], second["verdict"], second["why"]) == (2.0, "holds", "not tested", "later")
+    assert [line.split()[0] for line in command("claims").stdout.splitlines()] == ["B-2", "P2-Z", "later"]
+
+
+def test_book_runs_assembles_and_builds(command, project, monkeypatch):
+    """Every snippet that pages include is written from the runs, and the last line says where the book is."""
+    folders = {section: project.finish(section, "smoke") for section in ("01_one", "02_two")}
+    seen = {}
+
+    def assemble(runs, generated):
+        seen.update(runs=runs, generated=generated)
+        return project.build / "source"
+
+    monkeypatch.setattr(book, "assemble", assemble)
+    monkeypatch.setattr(book, "build", lambda source: source.with_name("html") / "index.html")
+    done = command("book", "--profile", "smoke")
+    assert done.exit_code == 0, done.output
+    assert done.stdout.startswith(f"{project.build / 'html' / 'index.html'} (") and done.stdout.endswith(" s)\n")
+    assert seen["runs"] == folders
+    assert seen["generated"].keys() == {"ledger.md", "headline.md", "execution.md"}
+    assert "{doc}`/01_one`" in seen["generated"]["execution.md"]
+
+
+def test_bench_calls_the_benchmark(command, project):
+    (project.root / "benchmarks").mkdir()
+    (project.root / "benchmarks" / "linear.py").write_text("def main(json, quick):\n    print(json, quick)\n")
+    assert command("bench", "--json").stdout == "True False\n"
+    assert command("bench", "--quick").stdout == "False True\n"
+
+
+def test_data_verifies_what_is_there(command, project, monkeypatch):
+    monkeypatch.setattr(images, "download", lambda name, folder: images.load_images("digits", folder))
+    done = command("data", "cifar10", "--data-dir", "sets")
+    assert done.stdout.startswith("cifar10: 1438 + 359 images of 10 classes in sets, checksum ")
+
+
+def test_help_imports_nothing_heavy():
+    """`labelaug --help` answers at once because these stay out; a command imports them when it runs."""
+    program = (
+        "import sys\nfrom labelaug.cli import main\nmain(['--help'], standalone_mode=False)\n"
+        "print({'torch', 'numpy', 'pandas', 'papermill', 'sphinx', 'scipy'} & sys.modules.keys(), file=sys.stderr)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert "Commands:" in done.stdout and done.stderr == "set()\n"
