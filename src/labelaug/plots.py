@@ -20,6 +20,7 @@ from labelaug.results import Section
 # Okabe and Ito's colours, told apart with the common colour deficiencies; markers and dashes carry them in greyscale.
 LIGHT = {"erm": "#3d3d3d", "weight decay": "#0072b2", "label smoothing": "#c04f00", "mixup": "#007a5a"}
 DARK = {"erm": "#cfcfcf", "weight decay": "#5ab4e5", "label smoothing": "#f2995a", "mixup": "#3fd0a4"}
+SERIES = ["#0072b2", "#c04f00", "#009e73", "#cc79a7", "#b8860b", "#7a5195"]  # where lines are not methods; both themes
 MARKERS = {"erm": "D", "weight decay": "o", "label smoothing": "s", "mixup": "^"}
 STRENGTH = {"weight decay": "weight decay λ", "label smoothing": "smoothing ε", "mixup": "mixup α of Beta(α, α)"}
 THEMES = {
