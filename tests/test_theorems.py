@@ -1,6 +1,9 @@
 """One test for each labelled statement of the book, named as its label."""
 
+import json
 import math
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,6 +13,7 @@ from scipy.special import entr
 from labelaug.data.synthetic import Box, TwoFeatureTask, counterexample_task, sample
 from labelaug.losses import binary_soft_cross_entropy, soft_cross_entropy
 from labelaug.mixing import mix
+from labelaug.paths import NOTEBOOKS
 from labelaug.targets import binary_targets, one_hot_targets
 
 
@@ -118,3 +122,22 @@ def test_def_synthetic():
     assert high.min() >= 0.2 and high.max() <= 10.2
     # Mean of 100,000 uniform values: standard error 2.89/√1e5 = 0.0091; 4.5 of them, two-sided odds 7e-6.
     assert abs(high.mean().item() - 5.2) < 4.5 * 2.887 / 100_000**0.5
+
+
+def test_every_labelled_statement_of_the_book_has_its_test():
+    text = "".join("".join(cell["source"]) + "\n" for path in NOTEBOOKS.glob("*.ipynb") for cell in cells(path))
+    labels = re.findall(r"^:label: ((?:def|lem|prop|thm|cor)-[\w-]+)", text, re.M)
+    assert len(labels) >= 6 and len(set(labels)) == len(labels)
+    tests = Path(__file__).read_text(encoding="utf-8") + (Path(__file__).parent / "test_plant.py").read_text("utf-8")
+    missing = [label for label in labels if f"def test_{label.replace('-', '_')}(" not in tests]
+    assert not missing, f"no test is named after {missing}"
+
+
+def test_notebooks_are_stored_without_outputs():
+    for path in NOTEBOOKS.glob("*.ipynb"):
+        code = [cell for cell in cells(path) if cell["cell_type"] == "code"]
+        assert code and all(not cell["outputs"] and cell["execution_count"] is None for cell in code), path.name
+
+
+def cells(path: Path) -> list[dict]:
+    return json.loads(path.read_text(encoding="utf-8"))["cells"]
