@@ -6,7 +6,7 @@ their logits are one product ``W @ x_batch.T``. The gradient of the loss is know
 """
 
 from collections.abc import Mapping, Sequence
-from contextlib import contextmanager
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 
 import numpy as np
@@ -165,21 +165,26 @@ def train_linear(
     settings, seeds = tuple(settings), tuple(seeds)
     _check(x, labels, settings, seeds)
     n = x.shape[-2]
-    # Small problems are bound by the cost of a call: stack the seeds. Large ones by memory: one seed at a time, whose
-    # minibatch then stays in the cache between its two products.
+    # Small problems are bound by the cost of a call: stack the seeds. Large ones by memory: one seed at a time on each
+    # core, whose minibatch then stays in that core's cache between its two products; cores never wait for each other.
     small = training.batch_size * x.shape[-1] < 50_000
     groups = [range(len(seeds))] if small else [range(i, i + 1) for i in range(len(seeds))]
-    with _threads(1 if small else None):
-        parts = [
-            _train(
-                x if x.ndim == 2 else x[group.start : group.stop],
-                labels if labels.ndim == 1 else labels[group.start : group.stop],
-                settings,
-                [seeds[i] for i in group],
-                training,
-            )
-            for group in groups
-        ]
+
+    def train_group(group):
+        return _train(
+            x if x.ndim == 2 else x[group.start : group.stop],
+            labels if labels.ndim == 1 else labels[group.start : group.stop],
+            settings,
+            [seeds[i] for i in group],
+            training,
+        )
+
+    cores = torch.get_num_threads()
+    try:
+        with ThreadPoolExecutor(cores, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            parts = list(pool.map(train_group, groups))
+    finally:
+        torch.set_num_threads(cores)
     return LinearSweep(torch.cat(parts, dim=1), training.records, seeds, settings, -(-n // training.batch_size))
 
 
@@ -311,17 +316,6 @@ class _Draws:
         drawn = [[rng.beta(a, a, size=size) for rng, a in zip(rngs, self.alphas, strict=True)] for rngs in self.lam]
         lam = torch.tensor(np.array(drawn), dtype=self.dtype)
         return partner, inverse, lam, _take(lam, inverse)
-
-
-@contextmanager
-def _threads(count: int | None):
-    """Within the block torch uses ``count`` threads (None: as many as before)."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(before if count is None else count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def _check(x, labels, settings, seeds) -> None:
