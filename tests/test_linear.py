@@ -16,6 +16,7 @@ from labelaug.losses import binary_soft_cross_entropy, l2_penalty
 from labelaug.mixing import mix
 from labelaug.paths import PROJECT
 from labelaug.targets import binary_targets
+from labelaug.training import linear
 from labelaug.training.linear import (
     INIT,
     LAM,
@@ -486,3 +487,31 @@ def test_benchmark_mixup_agrees_in_law(benchmark):
 
     assert deviation(ours[:, 0], theirs) < 4.5
     assert deviation(ours[:, 1], theirs) > 4.5
+
+
+@pytest.mark.parametrize("cores", [1, 2, 3, 8])
+@pytest.mark.parametrize("num_seeds", [1, 2, 3, 5])
+def test_every_member_is_trained_once_however_the_cores_share(cores, num_seeds):
+    for small in (True, False):
+        units = linear._units(num_seeds, 7, cores, small=small)
+        members = [(seed, setting) for group, chosen in units for seed in group for setting in chosen]
+        assert sorted(members) == [(seed, setting) for seed in range(num_seeds) for setting in range(7)]
+
+
+def test_settings_split_over_cores_are_the_same_models(generator):
+    """One seed on two threads splits its settings; d is large enough for the branch of large problems."""
+    x = torch.randn(40, 3000, generator=generator, dtype=torch.float64)
+    labels = torch.arange(40) % 2
+    settings = [LinearSetting(0.01), LinearSetting(0.01, mixup_alpha=1.0), LinearSetting(0.01, smoothing=0.1)]
+    training = LinearTraining(epochs=5, batch_size=20)
+    assert training.batch_size * x.shape[1] >= 50_000
+    before, runs = torch.get_num_threads(), []
+    try:
+        for cores in (1, 2):
+            torch.set_num_threads(cores)
+            runs.append(train_linear(x, labels, settings, seeds=[4], training=training).weights)
+            assert torch.get_num_threads() == cores
+    finally:
+        torch.set_num_threads(before)
+    torch.testing.assert_close(runs[1], runs[0], rtol=1e-9, atol=1e-12)
+    assert not torch.equal(runs[0][:, :, 0], runs[0][:, :, 1])

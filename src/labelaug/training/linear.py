@@ -165,27 +165,43 @@ def train_linear(
     settings, seeds = tuple(settings), tuple(seeds)
     _check(x, labels, settings, seeds)
     n = x.shape[-2]
-    # Small problems are bound by the cost of a call: stack the seeds. Large ones by memory: one seed at a time on each
-    # core, whose minibatch then stays in that core's cache between its two products; cores never wait for each other.
-    small = training.batch_size * x.shape[-1] < 50_000
-    groups = [range(len(seeds))] if small else [range(i, i + 1) for i in range(len(seeds))]
+    cores = torch.get_num_threads()
+    units = _units(len(seeds), len(settings), cores, small=training.batch_size * x.shape[-1] < 50_000)
 
-    def train_group(group):
+    def train_unit(unit):
+        group, chosen = unit
         return _train(
             x if x.ndim == 2 else x[group.start : group.stop],
             labels if labels.ndim == 1 else labels[group.start : group.stop],
-            settings,
+            [settings[i] for i in chosen],
             [seeds[i] for i in group],
             training,
         )
 
-    cores = torch.get_num_threads()
+    weights = torch.empty(len(training.records), len(seeds), len(settings), x.shape[-1], dtype=x.dtype)
     try:
         with ThreadPoolExecutor(cores, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            parts = list(pool.map(train_group, groups))
+            for (group, chosen), part in zip(units, pool.map(train_unit, units), strict=True):
+                weights[:, group.start : group.stop, list(chosen)] = part
     finally:
         torch.set_num_threads(cores)
-    return LinearSweep(torch.cat(parts, dim=1), training.records, seeds, settings, -(-n // training.batch_size))
+    return LinearSweep(weights, training.records, seeds, settings, -(-n // training.batch_size))
+
+
+def _units(num_seeds: int, num_settings: int, cores: int, *, small: bool) -> list[tuple[range, range]]:
+    """What one core trains at a time: (seeds, settings).
+
+    Small problems are bound by the cost of a call: all at once. Large ones by memory: one seed at a time on each core,
+    whose minibatch then stays in that core's cache between its two products, and cores never wait for each other.
+    Seeds left over when the cores have shared the others are split by settings.
+    """
+    if small:
+        return [(range(num_seeds), range(num_settings))]
+    left = num_seeds % cores
+    pieces = min(cores // left, num_settings) if left else 1
+    whole = [(range(i, i + 1), range(num_settings)) for i in range(num_seeds - left)]
+    split = [range(k, num_settings, pieces) for k in range(pieces)]
+    return whole + [(range(i, i + 1), part) for i in range(num_seeds - left, num_seeds) for part in split]
 
 
 def _train(x, labels, settings, seeds, training) -> Tensor:
