@@ -353,13 +353,24 @@ def _refuses(section: str, overrides: dict) -> bool:
 
 
 def ledger_markdown(rows: list[dict]) -> str:
-    """The ledger as a table: id, claim, our number, verdict and why, where."""
-    table = [["id", "claim", "our number", "verdict", "where"]]
+    """The ledger as a table: id, claim, our number, verdict and why, where it is shown and from what it came."""
+    table = [["id", "claim", "our number", "verdict", "where and from what"]]
     for row in rows:
         why = f" {row['why']}" if row["why"] else ""
         claim = f"{row['claim']} ({row['source']})"
-        table.append([f"[{row['id']}]{{#{row['id']}}}", claim, number(row), _badge(row) + why, _link(row)])
-    return _list_table(table, "10 38 16 26 10")
+        table.append(
+            [f"[{row['id']}]{{#{row['id']}}}", claim, number(row), _badge(row) + why, _link(row) + _origin(row)]
+        )
+    return _list_table(table, "9 36 15 23 17")
+
+
+def _origin(row: dict) -> str:
+    """Table, commit and day of the number, in small print after the link."""
+    source = row["provenance"]
+    if source is None:
+        return ""
+    name = source["table"].rsplit("/", 1)[-1].removesuffix(".parquet")
+    return f" [table {name}, commit {source['commit'][:7]}, {source['created'][:10]}]{{.origin}}"
 
 
 def headline_markdown(rows: list[dict]) -> str:
