@@ -270,7 +270,10 @@ def test_ledger_markdown_shows_number_verdict_and_link(runs):
     text = claims.ledger_markdown(rows)
     assert "[P1-F1]{#P1-F1}\n  - label smoothing drops the feature (Paper 1, Figure 1)\n" in text
     assert "  - 0.03 [0.00516, 0.0548] of the total norm\n  - [holds]{.verdict-holds} below a tenth\n" in text
-    assert "{numref}`fig-sweep`" in text and "{prf:ref}`thm-half`" in text
+    source = rows[0]["provenance"]
+    origin = f"commit {source['commit'][:7]}, {source['created'][:10]}]{{.origin}}"
+    assert "{numref}`fig-sweep` [table " in text and text.count(origin) == 1  # no number, no origin
+    assert "{prf:ref}`thm-half`\n" in text
     assert "  - –\n  - [not tested]{.verdict-untested} 01_setting has no" in text
     headline = claims.headline_markdown(rows)
     assert headline.startswith("- [not tested]{.verdict-untested} label smoothing") and headline.count("\n") == 1
