@@ -95,8 +95,22 @@ class Elliptical:
             raise ValueError(f"this elliptical law has {len(self.centre)} dimensions, not {dim}")
 
 
+class _TwoFeatures:
+    """The first ``num_low`` of ``dim`` coordinates form the low-variance feature, the others the high-variance one."""
+
+    @property
+    def low(self) -> slice:
+        """Coordinates of the low-variance feature."""
+        return slice(0, self.num_low)
+
+    @property
+    def high_coordinates(self) -> slice:
+        """Coordinates of the high-variance feature."""
+        return slice(self.num_low, self.dim)
+
+
 @dataclass(frozen=True)
-class TwoFeatureTask:
+class TwoFeatureTask(_TwoFeatures):
     """A low-variance feature ``x_i = γy (+ noise)``, i < num_low, then a high-variance one of num_high coordinates.
 
     Args: num_low, num_high: dimensions of the two features; gamma: γ > 0, margin of each low coordinate;
@@ -128,16 +142,6 @@ class TwoFeatureTask:
     def dim(self) -> int:
         """Number of coordinates d."""
         return self.num_low + self.num_high
-
-    @property
-    def low(self) -> slice:
-        """Coordinates of the low-variance feature."""
-        return slice(0, self.num_low)
-
-    @property
-    def high_coordinates(self) -> slice:
-        """Coordinates of the high-variance feature."""
-        return slice(self.num_low, self.dim)
 
     def law(self, y: int) -> Box | Elliptical:
         """Law of U = Y·X on the high coordinates given Y = y."""
@@ -202,7 +206,7 @@ class TwoFeatureTask:
 
 
 @dataclass(frozen=True)
-class EllipticalTask:
+class EllipticalTask(_TwoFeatures):
     """Both classes share one elliptical law of U = Y·X over all coordinates, correlations between features included.
 
     Args: law: an :class:`Elliptical` of d dimensions; num_low: how many leading coordinates form the low feature.
@@ -220,16 +224,6 @@ class EllipticalTask:
     def dim(self) -> int:
         """Number of coordinates d."""
         return len(self.law.centre)
-
-    @property
-    def low(self) -> slice:
-        """Coordinates of the low-variance feature."""
-        return slice(0, self.num_low)
-
-    @property
-    def high_coordinates(self) -> slice:
-        """Coordinates of the high-variance feature."""
-        return slice(self.num_low, self.dim)
 
     def mean(self, y: int) -> Tensor:
         """E[U | Y = y], float64 ``[d]``, the same for both classes."""
