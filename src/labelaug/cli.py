@@ -81,7 +81,7 @@ data_option = click.option(
     help="Image sets; else $LABELAUG_DATA, else ~/.cache/labelaug.",
 )
 jobs_option = click.option(
-    "--jobs", type=click.IntRange(min=1), help="Notebooks at once.  [default: one per two cores, as many as are stale]"
+    "--jobs", type=click.IntRange(min=1), help="Notebooks at once.  [default: one per core, as many as are stale]"
 )
 force_option = click.option("--force", is_flag=True, help="Run what is current too.")
 json_option = click.option("--json", "as_json", is_flag=True, help="Rows as JSON.")

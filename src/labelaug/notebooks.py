@@ -344,8 +344,8 @@ def run_sections(
 ) -> list[Run]:
     """Bring sections up to date: run each that has no current run (with ``force``, each), several at once.
 
-    Args: names: as ``match`` takes them; jobs: notebooks at once (None: one per two cores, and no more than there are
-        to run). Several at once share the cores by OMP_NUM_THREADS.
+    Args: names: as ``match`` takes them; jobs: notebooks at once (None: one per core, and no more than there are to
+        run). Each may use all cores: the trainer's threads never wait for each other, so the system can share them out.
     Returns: the runs, in the order of ``match``.
     Raises: ParameterError before anything starts; OSError if the results folder cannot be written; NotebookError at the
         end, when notebooks failed: the others have run, and earlier runs are as they were.
@@ -360,10 +360,8 @@ def run_sections(
         _clean(plan.folder.parent)
 
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    jobs = min(jobs or max(1, cores // 2), len(stale))  # the trainer itself uses both cores of a pair
+    jobs = min(jobs or cores, len(stale))
     environment = os.environ | {"LABELAUG_DATA": str(paths.data_dir().absolute())}  # kernels have a folder of their own
-    if jobs > 1:
-        environment.setdefault("OMP_NUM_THREADS", str(max(1, cores // jobs)))
     display = _Progress(progress)
     for plan in plans:
         if plan not in stale:
