@@ -13,12 +13,16 @@ import matplotlib
 import numpy as np
 import pytest
 import torch
+from hypothesis import settings
 
 from labelaug import notebooks, paths
 from labelaug.data.images import DataMissing
 
 matplotlib.use("Agg")  # not MPLBACKEND: the kernels that tests start have a display of their own
 torch.set_num_threads(1)
+# The same examples in every run and on every machine, however slow.
+settings.register_profile("study", derandomize=True, deadline=None, database=None)
+settings.load_profile("study")
 
 GUARDED = ("data", "browser")
 
