@@ -1,5 +1,7 @@
 """What is measured on trained models; the leading axes of the weights (records, seeds, settings) survive."""
 
+from collections.abc import Callable, Sequence
+
 import torch
 from torch import Tensor
 
@@ -39,3 +41,51 @@ def logit_share(weights: Tensor, mean: Tensor, coordinates: slice) -> Tensor:
     """
     mean = mean.to(weights.dtype)
     return weights[..., coordinates] @ mean[coordinates] / (weights @ mean)
+
+
+def within_class_variance(outputs: Tensor, labels: Tensor) -> Tensor:
+    """``E_Y tr Cov(o | Y)``, variances divided by n_y: ``[..., n, K]`` -> ``[...]``, in the outputs' squared units.
+
+    Classes count by their share of the examples, so that it is the mean squared distance from the own class mean.
+    Args: outputs: probabilities, logits or activations; labels: int64 ``[n]``.
+    Raises: ValueError if the shapes do not fit or there is no example.
+    """
+    if outputs.ndim < 2 or labels.shape != outputs.shape[-2:-1] or len(labels) == 0:
+        raise ValueError(
+            f"outputs must be [..., n, K] with labels [n] and n > 0, got {list(outputs.shape)}, {list(labels.shape)}"
+        )
+    total = torch.zeros(outputs.shape[:-2], dtype=outputs.dtype)
+    for label in labels.unique():
+        members = outputs[..., labels == label, :]
+        total += (members - members.mean(-2, keepdim=True)).square().sum((-2, -1))
+    return total / len(labels)
+
+
+def relative_variance(outputs: Tensor, labels: Tensor) -> Tensor:
+    """``E_Y tr Cov(o | Y) / tr Cov(E[o | Y])``, variance within over between classes: ``[..., n, K]`` -> ``[...]``.
+
+    Free of the outputs' scale; both variances weigh classes by their share and divide by n.
+    Raises: ValueError as :func:`within_class_variance`.
+    """
+    within = within_class_variance(outputs, labels)
+    return within / (within_class_variance(outputs, torch.zeros_like(labels)) - within)
+
+
+def class_error(logits: Tensor, labels: Tensor) -> Tensor:
+    """Share of examples whose largest logit is not their label's: ``[..., n, K]``, labels ``[n]`` -> ``[...]``."""
+    if labels.shape != logits.shape[-2:-1]:
+        raise ValueError(f"logits must be [..., n, K] with labels [n], got {list(logits.shape)}, {list(labels.shape)}")
+    return (logits.argmax(-1) != labels).to(torch.float64).mean(-1)
+
+
+def mixed_logits(model: Callable[[Tensor], Tensor], x: Tensor, *, lams: Sequence[float]) -> Tensor:
+    """Logits at λ x_i + (1 - λ) x_j for all pairs and each λ: x ``[n, ...]`` -> ``[L, n, n, K]``, in float64.
+
+    The model itself works in the dtype of x. Raises: ValueError for no λ or one outside [0, 1].
+    """
+    if len(lams) == 0 or not all(0 <= lam <= 1 for lam in lams):
+        raise ValueError(f"lams must be numbers in [0, 1], at least one, got {list(lams)}")
+    n = len(x)
+    first, second = x.repeat_interleave(n, 0), x.repeat(n, *[1] * (x.ndim - 1))
+    with torch.no_grad():
+        return torch.stack([model(torch.lerp(second, first, lam)).double().reshape(n, n, -1) for lam in lams])
