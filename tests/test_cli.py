@@ -161,11 +161,14 @@ def test_book_runs_assembles_and_builds(command, project, monkeypatch):
     assert "{doc}`/01_one`" in seen["generated"]["execution.md"]
 
 
-def test_bench_calls_the_benchmark(command, project):
+def test_bench_calls_the_benchmarks(command, project):
     (project.root / "benchmarks").mkdir()
-    (project.root / "benchmarks" / "linear.py").write_text("def main(json, quick):\n    print(json, quick)\n")
-    assert command("bench", "--json").stdout == "True False\n"
-    assert command("bench", "--quick").stdout == "False True\n"
+    for name in ("linear", "minimisers"):
+        script = f"def main(quick):\n    print({name!r}, quick)\ndef measure(quick):\n    yield {{'quick': quick}}\n"
+        (project.root / "benchmarks" / f"{name}.py").write_text(script)
+    assert command("bench", "--quick").stdout == "minimisers True\nlinear True\n"
+    found = json.loads(command("bench", "--json").stdout)
+    assert found == {"minimisers": [{"quick": False}], "linear": [{"quick": False}]}
 
 
 def test_data_verifies_what_is_there(command, project, monkeypatch):

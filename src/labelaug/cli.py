@@ -196,18 +196,26 @@ def data(names, data_dir):
 @json_option
 @click.option("--quick", is_flag=True, help="Fewer repetitions.")
 def bench(as_json, quick):
-    """Time the linear trainer on this machine.
+    """Time the linear trainer and the exact minimisers on this machine.
 
-    Each row holds it against what one would otherwise write, in the same run.
+    Each row holds them against what one would otherwise write, in the same run.
     """
     import importlib.util
+    import json
 
     from labelaug import paths
 
-    spec = importlib.util.spec_from_file_location("linear_benchmark", paths.PROJECT / "benchmarks" / "linear.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    module.main(json=as_json, quick=quick)
+    rows = {}
+    for name in ("minimisers", "linear"):
+        spec = importlib.util.spec_from_file_location(name, paths.PROJECT / "benchmarks" / f"{name}.py")
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        if as_json:
+            rows[name] = list(module.measure(quick=quick))
+        else:
+            module.main(quick=quick)
+    if as_json:
+        click.echo(json.dumps(rows, indent=1))
 
 
 if __name__ == "__main__":
