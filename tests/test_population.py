@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import minimize as scipy_minimize
-from scipy.optimize import root
+from scipy.optimize import nnls, root
 
 from labelaug.data.synthetic import Box, Elliptical, EllipticalTask, TwoFeatureTask, counterexample_task, sample
 from labelaug.theory import population
@@ -20,6 +20,7 @@ from labelaug.theory.population import (
     Sample,
     gradient_flow,
     max_margin,
+    method_objective,
     minimise,
     population_loss,
 )
@@ -305,6 +306,13 @@ def test_a_feature_without_noise_separates_beside_an_unbounded_one():
     assert minimise(TwoFeatureTask(gamma=0.5, high=task.high, low_noise=0.6, **ONE), Objective()).weights[1] > 0
 
 
+def test_method_objective_names_the_sweeps():
+    assert {method_objective(m, 0) for m in ("weight decay", "label smoothing", "mixup")} == {Objective()}
+    assert method_objective("mixup", 0.3) == Objective(mixing=BetaLaw(0.3))
+    assert method_objective("label smoothing", 0.3) == Objective(smoothing=0.3)
+    assert method_objective("weight decay", 0.3) == Objective(weight_decay=0.3)
+
+
 def test_smoothing_of_one_asks_for_nothing():
     assert np.allclose(minimise(SQUARE, Objective(smoothing=1.0)).weights, 0, atol=1e-12)
 
@@ -338,6 +346,18 @@ def test_max_margin_against_closed_forms_and_slsqp():
     # stationary: w is parallel to the gradient of its margin
     pull = mean - 2 * cov @ w / np.sqrt(w @ cov @ w)
     assert w @ pull / np.linalg.norm(w) / np.linalg.norm(pull) == pytest.approx(1, abs=1e-9)
+
+
+@pytest.mark.parametrize("seed", [1615, 2962, 2993])  # of 3,000 Gaussian samples those with the longest weights
+def test_max_margin_of_barely_separable_samples(seed):
+    """The least margin can be met to rounding only, which grows with the squared norm of the weights."""
+    generator, labels = np.random.default_rng(seed), np.repeat([1, 0], 32)
+    u = generator.normal(size=(64, 5)) / 6**0.5 + np.eye(5)[0]
+    w = max_margin(Sample(np.where(labels, 1, -1)[:, None] * u, labels))
+    margins = u @ w
+    assert margins.min() == pytest.approx(1, abs=1e-7) and np.linalg.norm(w) > 400
+    # no shorter weights: w is a nonnegative combination of the points that bind
+    assert nnls(u[margins < 1 + 1e-6].T, w)[1] < 1e-6 * np.linalg.norm(w)
 
 
 @pytest.mark.parametrize(
@@ -416,6 +436,7 @@ BAD = [
     (lambda: Sample(np.ones((2, 2)), np.array([1, 0]), np.array([0.5, 0.4])), "sum to 1"),
     (lambda: population_loss(TwoFeatureTask(), Objective(), np.arange(10.0)), "equal within a block"),
     (lambda: gradient_flow(SQUARE, Objective(), np.array([1.0, 0.5])), "increasing"),
+    (lambda: method_objective("cutmix", 0.1), "cutmix"),
     (
         lambda: minimise(
             TwoFeatureTask(

@@ -106,6 +106,20 @@ class Objective:
         return self.smoothing == 0 and self.weight_decay == 0 and ends > 1 - 1e-12
 
 
+def method_objective(method: str, strength: float) -> Objective:
+    """What one method of a sweep minimises at one strength: λ_wd, ε, or the α of Beta(α, α). Strength 0 is ERM.
+
+    Raises: ValueError for another method than "weight decay", "label smoothing" and "mixup".
+    """
+    if method not in ("weight decay", "label smoothing", "mixup"):
+        raise ValueError(f"method must be 'weight decay', 'label smoothing' or 'mixup', got {method!r}")
+    if strength == 0:
+        return Objective()
+    if method == "mixup":
+        return Objective(mixing=BetaLaw(strength))
+    return Objective(**{"weight_decay" if method == "weight decay" else "smoothing": strength})
+
+
 @dataclass(frozen=True, eq=False)
 class Sample:
     """A finite sample as a law: rows ``x [n, d]``, labels ``[n]`` in {0, 1}, probabilities ``weights [n]`` (None: 1/n).
@@ -210,7 +224,7 @@ def population_loss(source: Source, objective: Objective, weights: np.ndarray) -
     if not np.allclose(reduced @ frame.T, weights, rtol=0, atol=1e-12 * (1 + np.abs(weights).max())):
         raise ValueError("the weights must be equal within a block of exchangeable coordinates")
     nodes = _nodes(source, objective, 128 if objective.mixing is None else 45)
-    losses = [nodes.derivatives(w, objective.weight_decay)[0] for w in reduced.reshape(-1, frame.shape[1])]
+    losses = [nodes.loss(w, objective.weight_decay) for w in reduced.reshape(-1, frame.shape[1])]
     return np.array(losses).reshape(weights.shape[:-1])
 
 
@@ -259,7 +273,8 @@ def max_margin(source: Source) -> np.ndarray:
         if weights is None:
             raise ValueError("no weights separate the two classes: there is no max-margin solution")
         worst = _worst(source, weights) @ allowed
-        if (worst @ weights).min() >= 1 - 1e-11:
+        rounding = 1e-15 * (weights @ weights) * np.abs(points).max() ** 2  # of the least-norm weights
+        if (worst @ weights).min() >= 1 - 1e-11 - rounding:
             return weights
         points = np.concatenate([points, worst])
     raise ConvergenceError(f"cutting planes did not close: the least margin is {(worst @ weights).min():.3g}, not 1")
@@ -288,15 +303,24 @@ class _Nodes:
         """The same nodes in the coordinates of orthonormal columns ``basis [k, r]``."""
         return replace(self, linear=self.linear @ basis, scatter=basis.T @ self.scatter @ basis)
 
+    def logits(self, w: np.ndarray) -> np.ndarray:
+        """z at each node, ``[N]``."""
+        z = self.linear @ w
+        for e, scatter in enumerate(self.scatter):
+            z = z + self.radius[e] * np.sqrt(max(w @ scatter @ w, 0.0))
+        return z
+
+    def loss(self, w: np.ndarray, weight_decay: float) -> float:
+        """Loss at w, weight decay included."""
+        z = self.logits(w)
+        excess = np.where(z > 0, (1 - self.target) * z, -self.target * z)
+        return float(self.weight @ (np.log1p(np.exp(-np.abs(z))) + excess) + 0.5 * weight_decay * (w @ w))
+
     def derivatives(self, w: np.ndarray, weight_decay: float) -> tuple[float, np.ndarray, np.ndarray]:
         """Loss, gradient ``[k]`` and Hessian ``[k, k]`` at w, weight decay included."""
-        pulled = self.scatter @ w  # Σ_e w
-        z = self.linear @ w
-        for e in range(len(self.scatter)):
-            z = z + self.radius[e] * np.sqrt(max(w @ pulled[e], 0.0))
+        z, pulled = self.logits(w), self.scatter @ w  # Σ_e w
         tail = expit(-np.abs(z))
         residual = np.where(z > 0, (1 - self.target) - tail, tail - self.target)  # σ(z) - t without cancellation
-        loss = self.weight @ (np.log1p(np.exp(-np.abs(z))) + np.where(z > 0, (1 - self.target) * z, -self.target * z))
         slope = self.weight * tail * (1 - tail)  # of σ
         gradient = self.linear.T @ (self.weight * residual)
         hessian = (self.linear * slope[:, None]).T @ self.linear
@@ -308,11 +332,7 @@ class _Nodes:
             cross = (self.linear.T @ (third * self.kernel).T) @ pulled
             hessian = hessian + cross + cross.T + np.einsum("e,ekl->kl", first, self.scatter)
             hessian = hessian + pulled.T @ (self.pair @ fourth) @ pulled
-        return (
-            float(loss + 0.5 * weight_decay * (w @ w)),
-            gradient + weight_decay * w,
-            hessian + weight_decay * np.eye(len(w)),
-        )
+        return self.loss(w, weight_decay), gradient + weight_decay * w, hessian + weight_decay * np.eye(len(w))
 
 
 @dataclass(frozen=True)
