@@ -1,0 +1,324 @@
+"""The statements of the section on related work, and the functions behind them."""
+
+import math
+
+import numpy as np
+import pytest
+from scipy import optimize, stats
+from scipy.integrate import quad
+from scipy.special import expit
+
+from labelaug.data.synthetic import Elliptical, EllipticalTask
+from labelaug.theory.population import BetaLaw, DiscreteLaw, Objective, Sample, max_margin, minimise
+from labelaug.theory.sample_complexity import (
+    _all_pairs,
+    direction_spread,
+    draw_classes,
+    fit,
+    needed_examples,
+    squared_tangent,
+)
+
+UNIFORM = Objective(mixing=BetaLaw(1.0))
+SKEWED = Objective(mixing=DiscreteLaw((0.2, 0.9), (0.3, 0.7)))  # λ and 1 - λ not alike
+OBJECTIVES = {
+    "erm": Objective(),
+    "smoothing": Objective(smoothing=0.1),
+    "decay": Objective(weight_decay=0.3),
+    "mixup": UNIFORM,
+    "skewed": SKEWED,
+    "both": Objective(smoothing=0.2, mixing=DiscreteLaw((0.3, 0.7), (0.5, 0.5)), weight_decay=0.05),
+}
+
+
+def cstar(smoothing: float) -> float:
+    return math.log((2 - smoothing) / smoothing)
+
+
+def laws(objective: Objective) -> tuple[np.ndarray, np.ndarray]:
+    """Nodes of λ by a rule of our own: 40 Gauss–Legendre nodes for the uniform law, the atoms else, 1 for no mixing."""
+    if objective.mixing is None:
+        return np.ones(1), np.ones(1)
+    if isinstance(objective.mixing, BetaLaw):
+        nodes, weights = np.polynomial.legendre.leggauss(40)
+        return (nodes + 1) / 2, weights / 2
+    return np.array(objective.mixing.values), np.array(objective.mixing.weights)
+
+
+def pair_moments(c: float, kappa: float, objective: Objective) -> dict[str, float]:
+    """Stationarity, curvature across, E[ρ²] and E[r²] at c·e₁ by Gauss–Hermite, straight from the definitions."""
+    nodes, mass = np.polynomial.hermite_e.hermegauss(140)
+    mass = mass / mass.sum()
+    lam, chance = laws(objective)
+    slope, curvature, square, carried = 0.0, objective.weight_decay, 0.0, {1: 0.0, -1: 0.0}
+    for y in (1, -1):
+        for other in (1, -1):
+            x, partner = (y + nodes / kappa**0.5)[:, None], (other + nodes / kappa**0.5)[None, :]
+            for a, p in zip(lam, chance, strict=True):
+                for share, role in ((a, "anchor"), (1 - a, "partner")):
+                    mixed, side = share * x + (1 - share) * partner, share * y + (1 - share) * other
+                    target = 0.5 + 0.5 * (1 - objective.smoothing) * side
+                    residual = expit(c * mixed) - target
+                    carried[y] = carried[y] + 0.5 * p * share * (residual @ mass)
+                    if role == "anchor":
+                        joint = 0.25 * p * np.outer(mass, mass)
+                        slope += (joint * residual * mixed).sum()
+                        bend = expit(c * mixed) * expit(-c * mixed)
+                        curvature += (joint * bend).sum() * (share**2 + (1 - share) ** 2) / kappa
+                        square += (joint * residual**2).sum()
+    second = sum(0.5 * mass @ carried[y] ** 2 for y in (1, -1))
+    return {"slope": slope + objective.weight_decay * c, "curvature": curvature, "rho2": second, "r2": square}
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+@pytest.mark.parametrize("kappa", [0.7, 4.0])
+def test_thm_direction_variance(name, kappa):
+    objective = OBJECTIVES[name]
+    spread = direction_spread(kappa, objective)
+    moments = pair_moments(spread.margin, kappa, objective)
+    assert abs(moments["slope"]) < 1e-7  # 140 Gauss–Hermite nodes; the poles of σ are 1.6 deviations away or further
+    sandwich = moments["rho2"] / kappa / (spread.margin * moments["curvature"]) ** 2
+    assert spread.constant == pytest.approx(sandwich, rel=1e-5)  # the same rule: the Hessian never enters our formula
+    assert spread.constant > 1 / kappa
+    if objective.mixing is not None:  # pairs are not independent: with E[r²], as if they were, the constant is wrong
+        assert abs(moments["r2"] / moments["rho2"] - 1) > 0.2
+
+
+@pytest.mark.parametrize(("name", "n", "dim", "repeats"), [
+    ("erm", 1500, 21, 40), ("smoothing", 1500, 21, 40), ("decay", 1500, 21, 40), ("mixup", 200, 13, 16),
+])  # fmt: skip
+def test_thm_direction_variance_on_samples(name, n, dim, repeats):
+    """n·tan²/(d-1) has mean A and relative deviation √(2/(d-1)) a sample; 4.5 of them over the repeats: one false alarm
+    in 10⁵. The limit leaves out a relative (d+1)/n, allowed twice."""
+    kappa = 4.0
+    drawn = [draw_classes(n, dim, kappa, rng=np.random.default_rng([7, r])) for r in range(repeats)]
+    seen = np.mean([squared_tangent(fit(sample, OBJECTIVES[name])) for sample in drawn]) * n / (dim - 1)
+    allowed = 4.5 * math.sqrt(2 / (dim - 1) / repeats) + 2 * (dim + 1) / n
+    assert abs(seen / direction_spread(kappa, OBJECTIVES[name]).constant - 1) < allowed
+    wrong = "smoothing" if name == "erm" else "erm"  # the constant of another loss must not fit
+    assert abs(seen / direction_spread(kappa, OBJECTIVES[wrong]).constant - 1) > allowed
+
+
+@pytest.mark.parametrize("name", ["erm", "smoothing", "mixup"])
+def test_thm_direction_variance_minimiser_is_fishers(name):
+    cov = np.array([[0.5, 0.2, 0.0], [0.2, 0.4, -0.1], [0.0, -0.1, 0.3]])
+    mu = np.array([0.4, -0.2, 0.3])
+    kappa = mu @ np.linalg.solve(cov, mu)  # Σ/κ = cov, and μᵀΣ⁻¹μ = 1
+    found = minimise(EllipticalTask(Elliptical(tuple(mu), tuple(map(tuple, cov)))), OBJECTIVES[name]).weights
+    fisher = np.linalg.solve(cov, mu) / kappa
+    # 1e-7: the other quadrature's own stability, and the brackets of ours.
+    assert np.allclose(found, direction_spread(kappa, OBJECTIVES[name], order=32).margin * fisher, atol=1e-7)
+    decayed = minimise(EllipticalTask(Elliptical(tuple(mu), tuple(map(tuple, cov)))), OBJECTIVES["decay"]).weights
+    assert decayed @ fisher / np.linalg.norm(decayed) / np.linalg.norm(fisher) < 0.99  # Σ not a multiple of I
+
+
+def test_cor_separability():
+    for kappa in (0.5, 2.0, 8.0, 30.0):
+        spread = direction_spread(kappa, Objective())
+        assert spread.margin == pytest.approx(2 * kappa, rel=1e-7)
+
+        def tilted(s, kappa=kappa):  # σ'(s) under N(2κ, 4κ), the factor e^{-κ/2} left out
+            return math.exp(-(s**2) / (8 * kappa)) / (4 * math.cosh(s / 2)) / math.sqrt(8 * math.pi * kappa)
+
+        slope = 2 * quad(tilted, 0, 200)[0]
+        assert spread.constant == pytest.approx(math.exp(kappa / 2) / (4 * kappa * slope), rel=1e-6)
+        assert spread.constant >= math.sqrt(2 / math.pi / kappa) * math.exp(kappa / 2)
+    far = direction_spread(200.0, Objective()).constant
+    # Relative corrections are of order 1/κ: π²/8κ in the integral, 1/κ in Mills' ratio.
+    assert far / (math.sqrt(2 / math.pi / 200) * math.exp(100)) == pytest.approx(1, abs=0.01)
+    assert far * math.pi * 200 * stats.norm.sf(math.sqrt(200)) == pytest.approx(1, abs=0.02)
+    for objective in (Objective(smoothing=0.1), Objective(smoothing=0.9), UNIFORM, Objective(mixing=BetaLaw(0.3))):
+        near = [direction_spread(kappa, objective).constant - 1 for kappa in (1e2, 1e4)]
+        assert abs(near[1]) < 1e-3 and 50 < near[0] / near[1] < 200, near  # of order 1/κ
+    # λ in {0, 1} is ERM: the hypothesis on the law of λ is needed.
+    ends = Objective(mixing=DiscreteLaw((0.0, 1.0), (0.5, 0.5)))
+    assert direction_spread(20.0, ends).constant == pytest.approx(
+        direction_spread(20.0, Objective()).constant, rel=1e-4
+    )
+
+
+def test_cor_separability_agrees_with_efron():
+    """The normal discriminant has A = 1 + 1/κ: squared error to equal margins, whose A is the same quotient."""
+    for kappa in (1.0, 4.0):
+        g = np.random.default_rng(0).standard_normal((60, 1000, 5)) / math.sqrt(kappa)
+        g[:, :, 0] += 1
+        fits = [np.linalg.lstsq(u, np.ones(len(u)), rcond=None)[0] for u in g]
+        seen = np.mean([1000 * squared_tangent(w) / 4 for w in fits])
+        assert seen == pytest.approx(1 + 1 / kappa, rel=4.5 * math.sqrt(2 / 4 / 60))  # one false alarm in 10⁵
+
+
+def test_prop_one_example():
+    n, dim, kappa, repeats = 20, 4, 1e8, 400
+    angle, slopes_seen = [], []
+    for r in range(repeats):
+        sample = draw_classes(n, dim, kappa, rng=np.random.default_rng([1, r]))
+        widest, nearest = max_margin(sample), sample.turned[sample.turned[:, 0].argmin()]
+        assert np.allclose(widest, nearest / (nearest @ nearest), rtol=0, atol=1e-7)
+        angle.append(kappa * squared_tangent(widest))
+        slopes_seen.append(sample.turned)
+    # Kolmogorov and Smirnov at 1e-4; n examples averaged would be χ²/n, and must be refused.
+    assert stats.kstest(angle, stats.chi2(dim - 1).cdf).pvalue > 1e-4
+    assert stats.kstest(np.array(angle) * n, stats.chi2(dim - 1).cdf).pvalue < 1e-10
+
+    no_intercept = []
+    for turned in slopes_seen[:10]:
+        g = (turned - np.eye(dim)[0]) * math.sqrt(kappa)
+        with_intercept = np.linalg.lstsq(np.c_[np.ones(n), g[:, 1:]], g[:, 0], rcond=None)[0][1:]
+        without = np.linalg.lstsq(g[:, 1:], g[:, 0], rcond=None)[0]
+        labels = np.arange(n) % 2
+        seen = squared_tangent(fit(Sample((2.0 * labels - 1)[:, None] * turned, labels), Objective(smoothing=0.1)))
+        assert seen == pytest.approx(with_intercept @ with_intercept, rel=2e-3)  # order κ^{-1/2} = 1e-4
+        no_intercept.append(abs(seen / (without @ without) - 1))
+    assert max(no_intercept) > 0.1
+
+
+def test_prop_one_example_mean_slope():
+    """E‖β‖² = (d-1)/(n-d-1), within 4.5 standard errors: one false alarm in 10⁵; (d-1)/n is refused."""
+    n, dim = 16, 5
+    g = np.random.default_rng(5).standard_normal((4000, n, dim))
+    g -= g.mean(1, keepdims=True)
+    across = g[:, :, 1:]
+    slopes = np.linalg.solve(across.swapaxes(1, 2) @ across, across.swapaxes(1, 2) @ g[:, :, :1])
+    squares = (slopes**2).sum((1, 2))
+    error = 4.5 * squares.std(ddof=1) / math.sqrt(len(squares))
+    assert abs(squares.mean() - (dim - 1) / (n - dim - 1)) < error
+    assert abs(squares.mean() - (dim - 1) / n) > error
+
+
+def test_prop_one_example_separable():
+    n, kappa, repeats = 40, 6.0, 300
+    separable = 0
+    for r in range(repeats):
+        sample = draw_classes(n, 3, kappa, rng=np.random.default_rng([2, r]))
+        separable += not (sample.turned @ fit(sample, Objective()) < 1 - 1e-9).any()
+    bound = 1 - n * stats.norm.sf(math.sqrt(kappa))
+    assert separable / repeats > bound - 4.5 * math.sqrt(0.25 / repeats)
+    assert separable < repeats  # and the bound is not idle
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_prop_views(seed):
+    rng = np.random.default_rng(seed)
+    a, smoothing, gamma = rng.uniform(0.3, 3, 2), rng.uniform(0.02, 0.9), rng.uniform(0.01, 0.5)
+    q = rng.dirichlet([1, 1, 1])
+    turned = np.array([[a[0], 0, gamma], [0, a[1], gamma], [a[0], a[1], gamma]])
+
+    def loss(w, rows, chance):
+        s = rows @ w
+        return chance @ (np.logaddexp(0, -s) + smoothing / 2 * s)
+
+    def solve(rows, chance):
+        return optimize.minimize(loss, np.ones(rows.shape[1]), (rows, chance), method="BFGS", options={"gtol": 1e-9}).x
+
+    together = solve(turned[:, :2], q) * a
+    assert (together > 1e-3).all() and (together < cstar(smoothing)).all() and together.sum() > cstar(smoothing)
+    apart = solve(turned[:2, :2], np.array([0.98, 0.02])) * a  # one view rare: no matter
+    assert np.allclose(apart, cstar(smoothing), atol=1e-4)  # BFGS by differences
+
+    labels = np.array([1, 1, 1, 0, 0, 0])
+    law = Sample(np.concatenate([turned, -turned]), labels, np.tile(q, 2) / 2)
+    found = minimise(law, Objective(smoothing=smoothing)).weights
+    # 1e-6: a gradient of 1e-10 over the least curvature.
+    assert np.allclose(found * turned[2], [0, 0, cstar(smoothing)], atol=1e-6)
+    # q12 > 0 is needed: without it the two views alone do as well.
+    views_only = np.array([*(cstar(smoothing) / a), 0.0])
+    constant_only = np.array([0, 0, cstar(smoothing) / gamma])
+    apart = [loss(w, turned[:2], np.array([0.5, 0.5])) for w in (views_only, constant_only)]
+    assert apart[0] == pytest.approx(apart[1], abs=1e-12)
+    assert loss(views_only, turned, q) > loss(constant_only, turned, q) + 1e-6
+    # Hard labels keep the views: the widest margin has its larger part on them.
+    widest = max_margin(law) * turned[2]
+    assert widest[:2].sum() > widest[2]
+
+
+def mixup_margin(law: BetaLaw) -> float:
+    """The zero of F', its integral by scipy's adaptive rule."""
+    density = stats.beta(law.alpha, law.alpha).pdf
+
+    def slope(c):
+        mixed = quad(lambda lam: (2 * lam - 1) * (expit((2 * lam - 1) * c) - lam) * density(lam), 0, 1)[0]
+        return -0.5 * expit(-c) + 0.5 * mixed
+
+    return optimize.brentq(slope, 0.1, 30)
+
+
+@pytest.mark.parametrize(("n", "dim", "seed"), [(6, 6, 0), (8, 12, 1), (8, 12, 2), (6, 90, 3), (6, 120, 4)])
+def test_prop_equal_margins(n, dim, seed):
+    labels = np.arange(n) % 2
+    turned = np.random.default_rng(seed).standard_normal((n, dim)) + 0.3
+    sample = Sample((2.0 * labels - 1)[:, None] * turned, labels)
+    v = np.linalg.pinv(turned) @ np.ones(n)
+    # 1e-6: a gradient of 1e-10 over the least curvature on the span of the data.
+    assert np.allclose(minimise(sample, Objective(smoothing=0.1)).weights, cstar(0.1) * v, atol=1e-6)
+    law = BetaLaw(2.0)
+    assert np.allclose(minimise(sample, Objective(mixing=law)).weights, mixup_margin(law) * v, atol=1e-6)
+    multipliers = np.linalg.solve(turned @ turned.T, np.ones(n))
+    same = np.allclose(max_margin(sample), v, atol=1e-8)
+    assert same == (multipliers >= 0).all()
+
+
+def test_prop_equal_margins_both_cases_and_unequal_classes():
+    draws = [np.random.default_rng(seed).standard_normal((8, 12)) + 0.3 for seed in range(1, 3)]
+    wide = [np.random.default_rng(seed).standard_normal((6, 120)) + 0.3 for seed in range(4, 6)]
+    signs = [(np.linalg.solve(u @ u.T, np.ones(len(u))) >= 0).all() for u in draws + wide]
+    assert True in signs and False in signs  # the equivalence above was tried on both sides
+    labels = np.array([1, 1, 1, 1, 1, 0])
+    sample = Sample((2.0 * labels - 1)[:, None] * wide[0], labels)
+    margins = sample.turned @ minimise(sample, Objective(mixing=BetaLaw(2.0))).weights
+    assert abs(margins[0] - margins[-1]) > 0.1  # equally many of each class is needed
+    assert np.ptp(margins[:5]) < 1e-6
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_fit_agrees_with_the_exact_minimiser(name):
+    sample = draw_classes(30, 4, 0.6, rng=np.random.default_rng(0))  # overlapping: ERM has a minimiser
+    expected = minimise(sample, OBJECTIVES[name]).weights
+    assert np.allclose(fit(sample, OBJECTIVES[name], order=32), expected, atol=1e-7)  # gradients of 1e-10 in both
+    separable = draw_classes(12, 4, 30.0, rng=np.random.default_rng(0))
+    if name == "erm":
+        assert np.allclose(fit(separable, OBJECTIVES[name]), max_margin(separable), atol=1e-9)
+
+
+def test_fit_where_the_sample_is_barely_separable():
+    """A least norm above 50: the direction must still be feasible and optimal, which Newton's path would not be."""
+    found = 0
+    for seed in range(300):
+        sample = draw_classes(128, 5, 6.0, rng=np.random.default_rng(seed))
+        w = fit(sample, Objective())
+        if (sample.turned @ w).min() < 1 - 1e-6 or np.linalg.norm(w) < 50:
+            continue
+        found += 1
+        margins = sample.turned @ w
+        assert margins.min() == pytest.approx(1, abs=1e-6)
+        multipliers, residual = optimize.nnls(sample.turned[margins < 1 + 1e-6].T, w)
+        assert residual < 1e-6 * np.linalg.norm(w) and multipliers.sum() == pytest.approx(w @ w, rel=1e-6)
+    assert found > 0
+
+
+def test_hessian_over_pairs_is_the_slope_of_the_gradient():
+    sample = draw_classes(20, 3, 2.0, rng=np.random.default_rng(0))
+    slopes, w = _all_pairs(sample, SKEWED, 8), np.array([0.7, -0.4, 0.2])
+    step = 1e-5 * np.eye(3)
+    by_differences = np.array([(slopes(w + h)[0] - slopes(w - h)[0]) / 2e-5 for h in step])
+    assert np.allclose(slopes(w)[1], by_differences, atol=1e-9)  # error of order step²
+
+
+def test_needed_examples():
+    counts = np.array([8, 16, 32, 64, 128])
+    law = np.array([[0.5], [1.0], [2.0]]).T * (10.0 / counts)[:, None]  # median 10/n
+    assert needed_examples(counts, law, 0.2) == pytest.approx(50, rel=1e-12)
+    assert needed_examples(counts, law, 5.0) == 8
+    assert needed_examples(counts, law, 0.01) == np.inf
+    bumpy = np.array([[0.1], [0.3], [0.4], [0.1], [0.05]])  # below, above, below: from which n on
+    assert needed_examples(counts, bumpy, 0.2) == pytest.approx(32 * 2**0.5, rel=1e-12)
+
+
+def test_bad_input():
+    with pytest.raises(ValueError, match=r"positive, got 0\.0"):
+        direction_spread(0.0, Objective())
+    with pytest.raises(ValueError, match="ε = 1"):
+        direction_spread(1.0, Objective(smoothing=1.0))
+    for n in (0, 7):
+        with pytest.raises(ValueError, match=f"even and at least 2, got {n}"):
+            draw_classes(n, 3, 1.0, rng=np.random.default_rng(0))
+    assert squared_tangent(np.array([-1.0, 0.1])) == np.inf
