@@ -138,11 +138,13 @@ def strength_panels(
     rows: str | None = None,
     log: bool = False,
     baselines: float | Mapping[str, float] | None = None,
+    exact: pd.DataFrame | None = None,
 ) -> Figure:
     """``value`` against strength, one panel a method and one row of panels a value of ``rows``.
 
-    Args: frame: columns method, strength, seed, value (and ``rows``); baselines: a dashed line (a closed form, chance),
-        the same everywhere or one a row. The dotted line is ERM, strength 0.
+    Args: frame: columns method, strength, seed, value (and ``rows``); baselines: a dashed line (a bound, chance),
+        the same everywhere or one a row; exact: method, strength, value of the exact minimisers, drawn as a dashed
+        curve. The dotted line is ERM, strength 0.
     """
     figure, panels = _strength_grid(frame, ylabel=ylabel, rows=rows, log=log)
     for axis, group, method, one in panels:
@@ -153,19 +155,36 @@ def strength_panels(
         if baselines is not None:
             level = baselines[group] if isinstance(baselines, Mapping) else baselines
             axis.axhline(level, color=colour("ink"), ls="--", lw=1.2)
+        if exact is not None:
+            curve = exact[exact["method"] == method].sort_values("strength")
+            axis.plot(curve["strength"], curve["value"], color=colour("ink"), ls="--", lw=1.6, zorder=5)
     figure.tight_layout()
     return figure
 
 
 def strength_family(
-    frame: pd.DataFrame, *, by: str, bylabel: str, ylabel: str, log: bool = False, rows: str | None = None
+    frame: pd.DataFrame,
+    *,
+    by: str,
+    bylabel: str,
+    ylabel: str,
+    log: bool = False,
+    rows: str | None = None,
+    exact: pd.DataFrame | None = None,
 ) -> Figure:
-    """Mean ``value`` against strength, panels as in strength_panels, one line a value of ``by``; band ± 1 std."""
+    """Mean ``value`` against strength, panels as in strength_panels, one line a value of ``by``; band ± 1 std.
+
+    Args: exact: method, strength, value, ``by`` (and ``rows``) of the exact minimisers, drawn as dashed curves.
+    """
     values = list(dict.fromkeys(frame[by]))
     shades = sns.color_palette("viridis" if _mode() == "light" else "plasma_r", len(values) + 1)[: len(values)]
     figure, panels = _strength_grid(frame, ylabel=ylabel, rows=rows, log=log)
-    for axis, _, _, one in panels:
+    for axis, group, method, one in panels:
         for shade, value, marker in zip(shades, values, "osD^vP*X", strict=False):
+            if exact is not None:
+                chosen = (exact["method"] == method) & (exact[by] == value)
+                curve = exact[chosen if rows is None else chosen & (exact[rows] == group)]
+                axis.plot(curve["strength"], curve["value"], color=colour("ink"), ls="--", lw=1, zorder=5)
             line = one[one[by] == value].groupby("strength")["value"]
             mean, std = line.mean(), line.std()
             axis.fill_between(mean.index, mean - std, mean + std, color=shade, alpha=0.15, lw=0)
