@@ -214,7 +214,7 @@ def minimise(source: Source, objective: Objective) -> Minimiser | AtInfinity:
 
 
 def population_loss(source: Source, objective: Objective, weights: np.ndarray) -> np.ndarray:
-    """E[loss] at given weights: ``[..., d]`` -> ``[...]``, by one rule of fixed order (128; 45 with Mixup).
+    """E[loss] at given weights: ``[..., d]`` -> ``[...]``, by one rule of fixed order (128; 30 for a Beta law).
 
     Raises: ValueError if the weights differ within a block of exchangeable coordinates (the rule knows only their sum).
     """
@@ -223,7 +223,7 @@ def population_loss(source: Source, objective: Objective, weights: np.ndarray) -
     reduced = weights @ frame
     if not np.allclose(reduced @ frame.T, weights, rtol=0, atol=1e-12 * (1 + np.abs(weights).max())):
         raise ValueError("the weights must be equal within a block of exchangeable coordinates")
-    nodes = _nodes(source, objective, 128 if objective.mixing is None else 45)
+    nodes = _nodes(source, objective, 30 if isinstance(objective.mixing, BetaLaw) else 128)
     losses = [nodes.loss(w, objective.weight_decay) for w in reduced.reshape(-1, frame.shape[1])]
     return np.array(losses).reshape(weights.shape[:-1])
 
