@@ -131,3 +131,23 @@ def test_colours_stand_out_from_their_background(mode):
     for name, colour in (*plots.THEMES[mode]["palette"].items(), ("ink", plots.THEMES[mode]["ink"])):
         bright, dim = sorted((luminance(colour), ground), reverse=True)
         assert (bright + 0.05) / (dim + 0.05) > (4.5 if name == "ink" else 3), name
+
+
+def test_exact_curves_stand_in_the_panel_of_their_method():
+    exact = pd.DataFrame(
+        [
+            {"method": method, "strength": strength, "value": 10.0 * i + strength + case, "case": case}
+            for i, method in enumerate(plots.STRENGTH)
+            for strength in (1.0, 0.5)
+            for case in (0.0, 1.0)
+        ]
+    )
+    single = exact[exact["case"] == 0.0]
+    for i, axis in enumerate(plots.strength_panels(FRAME, ylabel="v", exact=single).axes):
+        (curve,) = [line for line in axis.lines if line.get_zorder() == 5]
+        assert list(curve.get_xdata()) == [0.5, 1.0] and list(curve.get_ydata()) == [10 * i + 0.5, 10 * i + 1.0]
+    family = plots.strength_family(FRAME, by="case", bylabel="case", ylabel="v", exact=exact)
+    for i, axis in enumerate(family.axes[: len(plots.STRENGTH)]):
+        ends = sorted(line.get_ydata()[0] for line in axis.lines if line.get_zorder() == 5)
+        assert ends == [10 * i + 0.5, 10 * i + 1.5]
+    plt.close("all")

@@ -183,7 +183,8 @@ def strength_family(
         for shade, value, marker in zip(shades, values, "osD^vP*X", strict=False):
             if exact is not None:
                 chosen = (exact["method"] == method) & (exact[by] == value)
-                curve = exact[chosen if rows is None else chosen & (exact[rows] == group)]
+                chosen = chosen if rows is None else chosen & (exact[rows] == group)
+                curve = exact[chosen].sort_values("strength")
                 axis.plot(curve["strength"], curve["value"], color=colour("ink"), ls="--", lw=1, zorder=5)
             line = one[one[by] == value].groupby("strength")["value"]
             mean, std = line.mean(), line.std()
