@@ -223,6 +223,34 @@ def test_derivatives_agree_with_finite_differences():
             assert np.allclose((gradient_up - gradient_down) / (2 * step), hessian[i], rtol=0, atol=1e-8)
 
 
+@pytest.mark.parametrize("radial", ["gaussian", "ellipse"])
+def test_classes_with_different_ellipses(radial):
+    """Unequal covariances, a noisy low feature, Mixup: the gradient by sampling vanishes."""
+    covs = (((1.0, 0.3), (0.3, 0.5)), ((0.5, -0.1), (-0.1, 0.7)))
+    task = TwoFeatureTask(
+        gamma=0.3,
+        high=Elliptical((1.0, 2.0), covs[0], radial),
+        high_negative=Elliptical((0.8, 2.0), covs[1], "gaussian"),
+        low_noise=0.2 if radial == "gaussian" else 0.0,
+        num_low=1,
+        num_high=2,
+    )
+    found = minimise(task, Objective(mixing=BetaLaw(1.0), weight_decay=0.01))
+    n = 200_000
+    x, labels = (
+        t.numpy() for t in sample(task, 2 * n, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    )
+    lam = np.random.default_rng(3).uniform(size=n)
+    points = lam[:, None] * x[:n] + (1 - lam)[:, None] * x[n:]
+    targets = lam * labels[:n] + (1 - lam) * labels[n:]
+
+    def deviates(w):
+        each = (1 / (1 + np.exp(-points @ w)) - targets)[:, None] * points + 0.01 * w
+        return np.abs(each.mean(0) / (each.std(0) / n**0.5)).max()
+
+    assert deviates(found.weights) < 5 < 20 < deviates(found.weights + 0.2)  # six deviates: odds of 4e-6 beyond 5
+
+
 def test_gauss_rules_keep_all_moments():
     lam = DiscreteLaw((0.05, 0.5, 0.9), (0.2, 0.3, 0.5))
     scalar = population._Scalar(1.0, 0.5, "uniform", 5)

@@ -285,10 +285,11 @@ def max_margin(source: Source) -> np.ndarray:
 
 @dataclass(frozen=True, eq=False)
 class _Nodes:
-    """Weighted points of a logit and its target: z = linear·w + Σ_e radius_e·√(wᵀ scatter_e w).
+    """Weighted points of a logit and its target: z = linear·w + Σ_g radius_g·√(Σ_e reach_ge wᵀ scatter_e w).
 
-    weight, target ``[N]``; linear ``[N, k]``; scatter ``[E, k, k]``; radius, kernel ``[E, N]`` and pair ``[E, E, N]``
-    hold what integration by parts leaves of one and of two factors of the radial variable.
+    weight, target ``[N]``; linear ``[N, k]``; scatter ``[E, k, k]``; radius ``[G, N]`` and reach ``[G, E, N]``: a group
+    for each radial variable; kernel ``[E, N]`` and pair ``[E, E, N]`` hold what integration by parts leaves of one and
+    of two factors of them.
     """
 
     weight: np.ndarray
@@ -296,6 +297,7 @@ class _Nodes:
     linear: np.ndarray
     scatter: np.ndarray
     radius: np.ndarray
+    reach: np.ndarray
     kernel: np.ndarray
     pair: np.ndarray
 
@@ -306,8 +308,9 @@ class _Nodes:
     def logits(self, w: np.ndarray) -> np.ndarray:
         """z at each node, ``[N]``."""
         z = self.linear @ w
-        for e, scatter in enumerate(self.scatter):
-            z = z + self.radius[e] * np.sqrt(max(w @ scatter @ w, 0.0))
+        variances = np.maximum(w @ self.scatter @ w, 0.0)
+        for radius, reach in zip(self.radius, self.reach, strict=True):
+            z = z + radius * np.sqrt(variances @ reach)
         return z
 
     def loss(self, w: np.ndarray, weight_decay: float) -> float:
@@ -496,7 +499,7 @@ def _sample_nodes(sample: Sample, mixing: BetaLaw | DiscreteLaw | None, order: i
 
 
 def _no_ellipse(n: int, k: int) -> tuple[np.ndarray, ...]:
-    return np.zeros((0, k, k)), np.zeros((0, n)), np.zeros((0, n)), np.zeros((0, 0, n))
+    return np.zeros((0, k, k)), np.zeros((0, n)), np.zeros((0, 0, n)), np.zeros((0, n)), np.zeros((0, 0, n))
 
 
 def _class_nodes(law: _Law, ellipses: list[Elliptical], order: int) -> _Nodes:
@@ -524,7 +527,7 @@ def _assemble(mass, target, scalars, centre, moving, ellipses, order) -> _Nodes:
 
     moving: the elliptical parts of the input, each with its coefficient ``[Λ]``; ellipses: the distinct ones at all.
     """
-    chance, radius, kernel, pair = _radial_parts(moving, ellipses, len(mass), order)
+    chance, *radial = _radial_parts(moving, ellipses, len(mass), order)
     shape = (len(mass), *(points.shape[1] for points, _ in scalars), len(chance))
     if np.prod(shape) * centre.shape[1] > MOST_NUMBERS:
         raise ConvergenceError(f"the quadrature has not settled, and its next rule would have {np.prod(shape):,} nodes")
@@ -546,38 +549,44 @@ def _assemble(mass, target, scalars, centre, moving, ellipses, order) -> _Nodes:
     scatter = np.zeros((len(ellipses), k, k))
     for e, ellipse in enumerate(ellipses):
         scatter[e, len(scalars) :, len(scalars) :] = ellipse.cov
-    return _Nodes(weight.ravel(), target, linear.reshape(-1, k), scatter, spread(radius), spread(kernel), spread(pair))
+    return _Nodes(weight.ravel(), target, linear.reshape(-1, k), scatter, *(spread(array) for array in radial))
 
 
 def _radial_parts(moving, ellipses, count, order) -> tuple[np.ndarray, ...]:
-    """Nodes of the radial parts of Σ_i κ_i N_i: chance ``[R]``; radius, kernel ``[E, Λ, R]``; pair ``[E, E, Λ, R]``."""
-    if len({ellipse for ellipse, _ in moving}) == 1 and moving[0][0].radial == "gaussian":
-        moving = [(moving[0][0], np.sqrt(sum(kappa**2 for _, kappa in moving)))]  # normal laws add up to a normal law
-    rules = [_radial_rule(ellipse.radial, len(ellipse.centre), order) for ellipse, _ in moving]
+    """Nodes of the radial parts of Σ_i κ_i N_i: chance ``[R]``; radius ``[G, Λ, R]``, reach ``[G, E, Λ, R]``, kernel
+    ``[E, Λ, R]``, pair ``[E, E, Λ, R]``. Normal parts add up to a normal one and share a group.
+    """
+    normal = [part for part in moving if part[0].radial == "gaussian"]
+    groups = [[part] for part in moving if part[0].radial != "gaussian"] + ([normal] if normal else [])
+    rules = [_radial_rule(group[0][0].radial, len(group[0][0].centre), order) for group in groups]
     grids = [[g.ravel() for g in np.meshgrid(*column, indexing="ij")] for column in zip(*rules, strict=True)]
-    if not rules:
-        grids = [[], [np.ones(1)], [], []]
-    r, chances, h, hh = grids
+    r, chances, h, hh = grids if rules else ([], [np.ones(1)], [], [])
     chance = np.prod(chances, axis=0)
-    places = [ellipses.index(ellipse) for ellipse, _ in moving]
-    square = [kappa[:, None] ** 2 for _, kappa in moving]
-    radius = np.zeros((len(ellipses), count, len(chance)))
-    kernel, pair = np.zeros_like(radius), np.zeros((len(ellipses), *radius.shape))
-    for i, e in enumerate(places):
-        radius[e] += moving[i][1][:, None] * r[i]
-        kernel[e] += square[i] * h[i]
-        for j, f in enumerate(places):
-            pair[e, f] += square[i] * square[j] * (hh[i] if i == j else h[i] * h[j])
-    return chance, radius, kernel, pair
+    radius = np.zeros((len(groups), count, len(chance)))
+    reach = np.zeros((len(groups), len(ellipses), count, len(chance)))
+    kernel, pair = np.zeros(reach.shape[1:]), np.zeros((len(ellipses), *reach.shape[1:]))
+    for i, group in enumerate(groups):
+        radius[i] = r[i]
+        for ellipse, kappa in group:
+            reach[i, ellipses.index(ellipse)] += kappa[:, None] ** 2
+    for i in range(len(groups)):
+        kernel += reach[i] * h[i]
+        for j in range(len(groups)):
+            pair += reach[i][:, None] * reach[j] * (hh[i] if i == j else h[i] * h[j])
+    return chance, radius, reach, kernel, pair
 
 
 def _join(parts: list[_Nodes]) -> _Nodes:
-    """Equally likely parts as one law."""
-    join = {
-        name: np.concatenate([getattr(part, name) for part in parts], axis=axis)
-        for name, axis in (("weight", 0), ("target", 0), ("linear", 0), ("radius", -1), ("kernel", -1), ("pair", -1))
-    }
-    return _Nodes(scatter=parts[0].scatter, **join | {"weight": join["weight"] / len(parts)})
+    """Equally likely parts as one law; a part with fewer radial variables than another gets idle ones."""
+    groups = max(len(part.radius) for part in parts)
+    arrays = {}
+    for name in ("weight", "target", "linear", "radius", "reach", "kernel", "pair"):
+        pieces = [getattr(part, name) for part in parts]
+        if name in ("radius", "reach"):
+            pieces = [np.pad(p, [(0, groups - len(p))] + [(0, 0)] * (p.ndim - 1)) for p in pieces]
+        arrays[name] = np.concatenate(pieces, axis=0 if name in ("weight", "target", "linear") else -1)
+    arrays["weight"] /= len(parts)
+    return _Nodes(scatter=parts[0].scatter, **arrays)
 
 
 @lru_cache(maxsize=256)
