@@ -9,8 +9,9 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import ArrayLike
-from scipy.special import entr, expit, logsumexp, rel_entr
+from scipy.special import digamma, entr, expit, logsumexp, polygamma, rel_entr
 
+from labelaug.mixing import check_alpha
 from labelaug.targets import check_smoothing
 
 
@@ -145,18 +146,98 @@ def smoothing_floor(num_classes: int, *, smoothing: float) -> float:
     return float(entropy(_smoothed(num_classes, smoothing)[0]))
 
 
-def mixup_floor(frequencies: ArrayLike, *, lams: ArrayLike, weights: ArrayLike | None = None) -> float:
-    """``E[H_b(λ)·1{Y₁ ≠ Y₂}]`` for independent labels and a finite law of λ; H_b is the binary entropy.
+def mixup_floor(
+    frequencies: ArrayLike,
+    *,
+    lams: ArrayLike | None = None,
+    weights: ArrayLike | None = None,
+    alpha: float | None = None,
+) -> float:
+    """``E[H_b(λ)]·(1 - Σ_k p_k²)``, the floor for independent labels; H_b is the binary entropy.
 
     It bounds the Mixup loss from below; no model need attain it, for one mixed input can have several targets.
+    The law of λ is either finite (``lams``) or Beta(α, α) (``alpha``).
 
-    Args: frequencies: P(Y = k), ``[K]``; lams: values of λ, ``[L]``; weights: their probabilities (None: 1/L each).
-    Raises: ValueError if one of them is not a law or a λ leaves [0, 1].
+    Args: frequencies: p_k = P(Y = k), ``[K]``; lams: values of λ, ``[L]``; weights: their probabilities (None: 1/L
+        each); alpha: α.
+    Raises: ValueError if one of them is not a law, a λ leaves [0, 1], α is not positive, or not one law of λ is given.
+    Source: paper 2, Lemma 3.1 (balanced classes, uniform λ); book lem-mixup-floor.
     """
     frequencies = _law("frequencies", frequencies, np.size(frequencies))
-    lams = _check_lams(lams)
+    return _mean_entropy(lams, weights, alpha) * float(1 - frequencies @ frequencies)
+
+
+def permutation_floor(
+    counts: ArrayLike,
+    *,
+    batch_size: int,
+    lams: ArrayLike | None = None,
+    weights: ArrayLike | None = None,
+    alpha: float | None = None,
+) -> float:
+    """``(n - m)/(n - 1)`` times :func:`mixup_floor`: the floor where partners are permuted in minibatches.
+
+    n = Σ n_k examples in random order make m = ⌈n/B⌉ batches (a smaller last one is kept); the mean is over examples.
+
+    Args: counts: examples of each class n_k, integers ``[K]``; batch_size: B; the law of λ as in :func:`mixup_floor`.
+    Raises: ValueError as :func:`mixup_floor`; unless the counts are integers, none negative, with sum 2 or more; if
+        batch_size < 1. Source: book prop-permutation-floor.
+    """
+    counts = np.asarray(counts)
+    if counts.ndim != 1 or counts.dtype.kind not in "iu" or (counts < 0).any() or counts.sum() < 2:
+        raise ValueError(f"counts must be [K] integers, none negative, with sum 2 or more, got {counts}")
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    n = int(counts.sum())
+    batches = -(-n // batch_size)
+    return (n - batches) / (n - 1) * mixup_floor(counts / n, lams=lams, weights=weights, alpha=alpha)
+
+
+def mixing_entropy(alpha: float) -> tuple[float, float]:
+    """Mean ``ψ(2α + 1) - ψ(α + 1)`` and variance of the binary entropy of λ ~ Beta(α, α), in nats and nats².
+
+    Raises: ValueError unless α > 0. Source: book prop-mixing-entropy.
+    """
+    check_alpha(alpha)
+    mean = digamma(2 * alpha + 1) - digamma(alpha + 1)
+    # E[λ^a (1-λ)^b], differentiated twice in a, or in a and b, at (a, b) = (2, 0) and (1, 1).
+    first = digamma(alpha + 2) - digamma(2 * alpha + 2)
+    both = digamma(alpha + 1) - digamma(2 * alpha + 2)
+    square = (alpha + 1) * (first**2 + polygamma(1, alpha + 2) - polygamma(1, 2 * alpha + 2))
+    cross = alpha * (both**2 - polygamma(1, 2 * alpha + 2))
+    return float(mean), float((square + cross) / (2 * alpha + 1) - mean**2)
+
+
+def mixup_infimum(x: ArrayLike, labels: ArrayLike, *, lams: ArrayLike, weights: ArrayLike | None = None) -> float:
+    """``E H(E[p | Z])``, the infimum of the Mixup loss over all models: all n² pairs and a finite law of λ.
+
+    A model sees the mixed input Z alone, so that its best output is the mean target there. Mixed inputs that differ by
+    less than 1e-9 of the largest entry of x count as equal.
+
+    Args: x: ``[n, d]``; labels: integers ``[n]`` from 0; lams: values of λ, ``[L]``; weights: their probabilities
+        (None: 1/L each).
+    Raises: ValueError if shapes do not fit, weights are not a law or a λ leaves [0, 1].
+    Source: book prop-mixup-infimum.
+    """
+    x, labels, lams = np.asarray(x, float), np.asarray(labels), _check_lams(lams)
+    if x.ndim != 2 or len(x) == 0 or labels.shape != x.shape[:1] or not np.isfinite(x).all():
+        raise ValueError(
+            f"x must be finite [n, d] with labels [n] and n > 0, got {list(x.shape)}, {list(labels.shape)}"
+        )
+    num_classes = int(labels.max()) + 1
+    _check_codes("labels", labels, num_classes)
     law = _law("weights", weights, len(lams))
-    return float((law @ (entr(lams) + entr(1 - lams))) * (1 - frequencies @ frequencies))
+    lam = lams[:, None, None, None]
+    inputs = (lam * x[:, None] + (1 - lam) * x[None, :]).reshape(-1, x.shape[1])
+    one = np.eye(num_classes)[labels]
+    targets = (lam * one[:, None] + (1 - lam) * one[None, :]).reshape(-1, num_classes)
+    mass = np.repeat(law / len(x) ** 2, len(x) ** 2)
+    cell = np.round(inputs / (1e-9 * max(np.abs(x).max(), np.finfo(float).tiny)))
+    _, place = np.unique(cell, axis=0, return_inverse=True)
+    share = np.bincount(place, weights=mass)
+    mean = np.stack([np.bincount(place, weights=mass * column) for column in targets.T], axis=1)
+    filled = share > 0
+    return float(share[filled] @ entropy(mean[filled] / share[filled, None]))
 
 
 def logit_curvature(smoothing: float) -> float:
@@ -290,6 +371,16 @@ def _check_lams(lams: ArrayLike) -> np.ndarray:
     if lams.ndim != 1 or len(lams) == 0 or not ((lams >= 0) & (lams <= 1)).all():
         raise ValueError(f"lams must be [L] numbers in [0, 1], got {lams}")
     return lams
+
+
+def _mean_entropy(lams: ArrayLike | None, weights: ArrayLike | None, alpha: float | None) -> float:
+    """``E H_b(λ)`` of a finite law of λ, or of Beta(α, α)."""
+    if (lams is None) == (alpha is None) or (weights is not None and lams is None):
+        raise ValueError(f"give lams (with weights or without) or alpha, got {lams=}, {weights=}, {alpha=}")
+    if lams is None:
+        return mixing_entropy(alpha)[0]
+    lams = _check_lams(lams)
+    return float(_law("weights", weights, len(lams)) @ (entr(lams) + entr(1 - lams)))
 
 
 def _law(name: str, weights: ArrayLike | None, count: int) -> np.ndarray:
