@@ -163,12 +163,12 @@ def test_book_runs_assembles_and_builds(command, project, monkeypatch):
 
 def test_bench_calls_the_benchmarks(command, project):
     (project.root / "benchmarks").mkdir()
-    for name in ("linear", "minimisers"):
+    for name in ("linear", "minimisers", "toy"):
         script = f"def main(quick):\n    print({name!r}, quick)\ndef measure(quick):\n    yield {{'quick': quick}}\n"
         (project.root / "benchmarks" / f"{name}.py").write_text(script)
-    assert command("bench", "--quick").stdout == "minimisers True\nlinear True\n"
+    assert command("bench", "--quick").stdout == "minimisers True\ntoy True\nlinear True\n"
     found = json.loads(command("bench", "--json").stdout)
-    assert found == {"minimisers": [{"quick": False}], "linear": [{"quick": False}]}
+    assert found == {name: [{"quick": False}] for name in ("minimisers", "toy", "linear")}
 
 
 def test_data_verifies_what_is_there(command, project, monkeypatch):

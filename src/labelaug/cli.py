@@ -196,7 +196,7 @@ def data(names, data_dir):
 @json_option
 @click.option("--quick", is_flag=True, help="Fewer repetitions.")
 def bench(as_json, quick):
-    """Time the linear trainer and the exact minimisers on this machine.
+    """Time the trainers and the exact minimisers on this machine.
 
     Each row holds them against what one would otherwise write, in the same run.
     """
@@ -206,7 +206,7 @@ def bench(as_json, quick):
     from labelaug import paths
 
     rows = {}
-    for name in ("minimisers", "linear"):
+    for name in ("minimisers", "toy", "linear"):
         spec = importlib.util.spec_from_file_location(name, paths.PROJECT / "benchmarks" / f"{name}.py")
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
