@@ -203,7 +203,7 @@ def strongly_convex(rho, rng):
     return lambda x: rho / 2 * (x**2).sum(-1) + np.logaddexp(x @ tilt, 0.0) + np.abs(x).sum(-1)  # not smooth
 
 
-def test_prop_mixing_noise_lower_bound(rng):
+def test_prop_mixing_noise(rng):
     rho, f = 0.8, strongly_convex(0.8, rng)
     one, two = rng.normal(size=(2, 4000, 4))
     for lam in (0.0, 0.1, 0.5, 1.0):

@@ -114,7 +114,7 @@ def test_weights_at_batches():
     np.testing.assert_allclose(many[0, 0], together[0, 1], rtol=0, atol=ROUNDING)
 
 
-def test_eq_risk_quadratic():
+def test_def_random_features():
     """The quadratic form equals the mean squared error over points; half of it is a different number."""
     phi, clean, noise, start = problem(3)
     weights = np.stack([start, 2 * start])
