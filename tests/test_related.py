@@ -261,7 +261,7 @@ def test_prop_equal_margins_both_cases_and_unequal_classes():
     draws = [np.random.default_rng(seed).standard_normal((8, 12)) + 0.3 for seed in range(1, 3)]
     wide = [np.random.default_rng(seed).standard_normal((6, 120)) + 0.3 for seed in range(4, 6)]
     signs = [(np.linalg.solve(u @ u.T, np.ones(len(u))) >= 0).all() for u in draws + wide]
-    assert True in signs and False in signs  # the equivalence above was tried on both sides
+    assert {bool(sign) for sign in signs} == {True, False}  # the equivalence above was tried on both sides
     labels = np.array([1, 1, 1, 1, 1, 0])
     sample = Sample((2.0 * labels - 1)[:, None] * wide[0], labels)
     margins = sample.turned @ minimise(sample, Objective(mixing=BetaLaw(2.0))).weights
