@@ -1,9 +1,9 @@
 """What is measured on trained models; the leading axes of the weights (records, seeds, settings) survive."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def block_norm(weights: Tensor, coordinates: slice) -> Tensor:
@@ -54,7 +54,7 @@ def within_class_variance(outputs: Tensor, labels: Tensor) -> Tensor:
         raise ValueError(
             f"outputs must be [..., n, K] with labels [n] and n > 0, got {list(outputs.shape)}, {list(labels.shape)}"
         )
-    total = torch.zeros(outputs.shape[:-2], dtype=outputs.dtype)
+    total = torch.zeros(outputs.shape[:-2], dtype=outputs.dtype, device=outputs.device)
     for label in labels.unique():
         members = outputs[..., labels == label, :]
         total += (members - members.mean(-2, keepdim=True)).square().sum((-2, -1))
@@ -76,6 +76,37 @@ def class_error(logits: Tensor, labels: Tensor) -> Tensor:
     if labels.shape != logits.shape[-2:-1]:
         raise ValueError(f"logits must be [..., n, K] with labels [n], got {list(logits.shape)}, {list(labels.shape)}")
     return (logits.argmax(-1) != labels).to(torch.float64).mean(-1)
+
+
+def calibration_error(logits: Tensor, labels: Tensor, *, bins: int = 15) -> Tensor:
+    """Expected calibration error, Σ_b (n_b/n)·|accuracy_b - confidence_b| over equal bins of the largest probability.
+
+    Logits ``[n, K]``, labels ``[n]`` -> ``[]`` in [0, 1]. Source: Guo et al. (2017), whose 15 bins are the usual ones.
+    """
+    confidence, predicted = logits.double().softmax(-1).max(-1)
+    excess = (predicted == labels).double() - confidence
+    chosen = (confidence * bins).long().clamp(max=bins - 1)
+    return torch.zeros(bins, dtype=torch.float64, device=logits.device).index_add(0, chosen, excess).abs().sum() / len(
+        labels
+    )
+
+
+def outputs_and_activations(model: nn.Module, batches: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
+    """Outputs ``[n, K]`` and what enters the model's last dense layer ``[n, D]``, both float32, over all batches.
+
+    Raises: ValueError if the model has no dense layer.
+    """
+    dense = [layer for layer in model.modules() if isinstance(layer, nn.Linear)]
+    if not dense:
+        raise ValueError("a model without a dense layer has no penultimate activations")
+    entered: list[Tensor] = []
+    hook = dense[-1].register_forward_pre_hook(lambda layer, inputs: entered.append(inputs[0].detach().float()))
+    try:
+        with torch.no_grad():
+            outputs = [model(batch).float() for batch in batches]
+    finally:
+        hook.remove()
+    return torch.cat(outputs), torch.cat(entered)
 
 
 def mixed_logits(model: Callable[[Tensor], Tensor], x: Tensor, *, lams: Sequence[float]) -> Tensor:
