@@ -4,11 +4,11 @@
 the synthetic task at d = 10, and Gaussian pixels of CIFAR's shape at d = 3,072 (only the time is of interest there).
 What would take an hour is measured in part and scaled; the name of the row then says what was measured.
 
-    python benchmarks/linear.py [--quick] [--json]
+Run by ``labelaug bench``.
 """
 
-import argparse
 import os
+import re
 import resource
 import subprocess
 import sys
@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from json import dumps, loads
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -207,21 +208,27 @@ def sweep(x: Tensor, labels: Tensor, *, epochs: int, num_seeds: int) -> float:
 
 
 def wide_in_a_child(*, epochs: int, num_seeds: int) -> tuple[float, float]:
-    """Seconds and peak memory (MB) of our wide sweep, in a process that does nothing else.
-
-    Linux counts the parent's memory at the start of a child as the child's: call this while the parent is small.
-    """
-    command = [sys.executable, __file__, "--wide-child", str(epochs), str(num_seeds)]
+    """Seconds and peak memory (MB) of our wide sweep, in a process that does nothing else."""
+    script = f"import runpy; runpy.run_path({__file__!r})['wide_child']({epochs}, {num_seeds})"
+    command = [sys.executable, "-c", script]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     return tuple(loads(done.stdout))
 
 
-def _wide_child(epochs: int, num_seeds: int) -> None:
+def wide_child(epochs: int, num_seeds: int) -> None:
+    """Print seconds and peak memory (MB) of our wide sweep, as JSON."""
     x, labels = pixels()
     sweep(x, labels, epochs=1, num_seeds=1)
     spent = sweep(x, labels, epochs=epochs, num_seeds=num_seeds)
-    unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in bytes there, in kB elsewhere
-    print(dumps([spent, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6]))
+    print(dumps([spent, peak_memory()]))
+
+
+def peak_memory() -> float:
+    """Largest resident memory of this process so far, in MB."""
+    status = Path("/proc/self/status")
+    if status.exists():  # Linux's ru_maxrss starts from the memory of the parent
+        return int(re.search(r"VmHWM:\s*(\d+) kB", status.read_text())[1]) * 1024 / 1e6
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6  # bytes on macOS
 
 
 # Rows --------------------------------------------------------------------------------------------------------------
@@ -250,7 +257,7 @@ def rows(name: str, ours_s: float, floor_s: float, others, *, peak_mb: float | N
 
 
 def measure(*, quick: bool):
-    """Yield all rows. The wide sweep comes first, while this process is small (see :func:`wide_in_a_child`)."""
+    """Yield all rows."""
     counts = sorted({1, min(2, os.cpu_count() or 1)})  # tiny shapes are faster on one thread
 
     epochs, num_seeds = (4, 1) if quick else (EPOCHS, SEEDS)
@@ -275,16 +282,10 @@ def measure(*, quick: bool):
     yield from rows(name, ours_s, floor_s, vmapped(x, labels, epochs=10 if quick else EPOCHS, counts=counts))
 
 
-def main(json: bool = False, quick: bool = False) -> int:
-    """Print the rows, as JSON or as a table; exit code 0."""
-    found = []
-    for row in measure(quick=quick):
-        found.append(row)
-        if not json:
-            _print(row, heading=len(found) == 1)
-    if json:
-        print(dumps(found, indent=1))
-    return 0
+def main(*, quick: bool) -> None:
+    """Print the table, each row as soon as it is known."""
+    for number, row in enumerate(measure(quick=quick)):
+        _print(row, heading=number == 0)
 
 
 def _print(row, *, heading: bool) -> None:
@@ -298,15 +299,3 @@ def _print(row, *, heading: bool) -> None:
         f"{row['name']}: {row['other']}{memory}",
         flush=True,
     )
-
-
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--json", action="store_true", help="print rows as JSON")
-    parser.add_argument("--quick", action="store_true", help="measure less and scale more")
-    parser.add_argument("--wide-child", nargs=2, type=int, metavar=("EPOCHS", "SEEDS"), help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
-    if arguments.wide_child:
-        _wide_child(*arguments.wide_child)
-    else:
-        sys.exit(main(arguments.json, arguments.quick))

@@ -5,12 +5,10 @@ quadrature rules, "again" finds them in the cache, as along a path of strengths.
 integral as a weighted sum in the plane (for Mixup over all pairs of 12 x 24 nodes and 40 values of λ), not in ten
 dimensions, where the sum would not fit in memory.
 
-    python benchmarks/minimisers.py [--quick] [--json]
+Run by ``labelaug bench``.
 """
 
-import argparse
 import time
-from json import dumps
 
 import numpy as np
 from scipy.optimize import minimize
@@ -99,24 +97,12 @@ def measure(*, quick: bool) -> list[dict]:
     return found
 
 
-def main(json: bool = False, quick: bool = False) -> int:
-    """Print the table, or JSON."""
-    found = measure(quick=quick)
-    if json:
-        print(dumps(found, indent=2))
-        return 0
+def main(*, quick: bool) -> None:
+    """Print the table."""
     print(f"{'loss':32s}{'d = 10, first':>15s}{'again':>10s}{'d = 2':>10s}{'BFGS, d = 2':>14s}{'wanted':>10s}")
-    for row in found:
+    for row in measure(quick=quick):
         other = "not run" if row["general_ms"] is None else f"{row['general_ms']:.0f} ms"
         times = "".join(
             f"{row[key]:>{width}.1f} ms"[1:] for key, width in (("first_ms", 13), ("again_ms", 8), ("plane_ms", 8))
         )
         print(f"{row['loss']:32s}  {times}{other:>14s}{row['wanted_ms']:>7d} ms")
-    return 0
-
-
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--json", action="store_true")
-    raise SystemExit(main(**vars(parser.parse_args())))

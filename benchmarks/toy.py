@@ -1,11 +1,9 @@
 """The teacher-student toy: all seeds and settings at once against one seed at a time by autograd, in one run.
 
-python benchmarks/toy.py [--quick] [--json]
+Run by ``labelaug bench``.
 """
 
-import argparse
 import time
-from json import dumps
 
 import numpy as np
 import torch
@@ -92,13 +90,9 @@ def measure(*, quick: bool) -> list[dict]:
     ]
 
 
-def main(json: bool = False, quick: bool = False) -> int:
-    """Print the table, or JSON."""
-    found = measure(quick=quick)
-    if json:
-        print(dumps(found, indent=2))
-        return 0
-    for row in found:
+def main(*, quick: bool) -> None:
+    """Print the table."""
+    for row in measure(quick=quick):
         line = f"{row['what']:56s}{row['seconds']:8.2f} s (wanted {row['wanted_seconds']:g} s)"
         if "ratio" in row:
             line += (
@@ -107,11 +101,3 @@ def main(json: bool = False, quick: bool = False) -> int:
         else:
             line += f"; moments of the test law, once: {row['test_moments_seconds']:.2f} s"
         print(line)
-    return 0
-
-
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--json", action="store_true")
-    raise SystemExit(main(**vars(parser.parse_args())))

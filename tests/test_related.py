@@ -9,15 +9,18 @@ from scipy.integrate import quad
 from scipy.special import expit
 
 from labelaug.data.synthetic import Elliptical, EllipticalTask
-from labelaug.theory.population import BetaLaw, DiscreteLaw, Objective, Sample, max_margin, minimise
-from labelaug.theory.sample_complexity import (
-    _all_pairs,
-    direction_spread,
-    draw_classes,
-    fit,
-    needed_examples,
-    squared_tangent,
+from labelaug.theory import population
+from labelaug.theory.population import (
+    AtInfinity,
+    BetaLaw,
+    DiscreteLaw,
+    Objective,
+    Sample,
+    folded_rule,
+    max_margin,
+    minimise,
 )
+from labelaug.theory.sample_complexity import direction_spread, draw_classes, needed_examples, squared_tangent
 
 UNIFORM = Objective(mixing=BetaLaw(1.0))
 SKEWED = Objective(mixing=DiscreteLaw((0.2, 0.9), (0.3, 0.7)))  # λ and 1 - λ not alike
@@ -29,6 +32,14 @@ OBJECTIVES = {
     "skewed": SKEWED,
     "both": Objective(smoothing=0.2, mixing=DiscreteLaw((0.3, 0.7), (0.5, 0.5)), weight_decay=0.05),
 }
+
+
+def direction(sample: Sample, objective: Objective) -> np.ndarray:
+    """Weights of the minimiser; where there is none, those of a least margin of 1 along the way to infinity."""
+    found = minimise(sample, objective)
+    if not isinstance(found, AtInfinity):
+        return found.weights
+    return found.direction / (sample.turned @ found.direction).min()
 
 
 def cstar(smoothing: float) -> float:
@@ -92,7 +103,9 @@ def test_thm_direction_variance_on_samples(name, n, dim, repeats):
     in 10⁵. The limit leaves out a relative (d+1)/n, allowed twice."""
     kappa = 4.0
     drawn = [draw_classes(n, dim, kappa, rng=np.random.default_rng([7, r])) for r in range(repeats)]
-    seen = np.mean([squared_tangent(fit(sample, OBJECTIVES[name])) for sample in drawn]) * n / (dim - 1)
+    few = DiscreteLaw(*(tuple(part.tolist()) for part in BetaLaw(1.0).rule(8)))  # of λ, for the time it takes
+    objective = Objective(mixing=few) if name == "mixup" else OBJECTIVES[name]
+    seen = np.mean([squared_tangent(direction(sample, objective)) for sample in drawn]) * n / (dim - 1)
     allowed = 4.5 * math.sqrt(2 / (dim - 1) / repeats) + 2 * (dim + 1) / n
     assert abs(seen / direction_spread(kappa, OBJECTIVES[name]).constant - 1) < allowed
     wrong = "smoothing" if name == "erm" else "erm"  # the constant of another loss must not fit
@@ -166,7 +179,9 @@ def test_prop_one_example():
         with_intercept = np.linalg.lstsq(np.c_[np.ones(n), g[:, 1:]], g[:, 0], rcond=None)[0][1:]
         without = np.linalg.lstsq(g[:, 1:], g[:, 0], rcond=None)[0]
         labels = np.arange(n) % 2
-        seen = squared_tangent(fit(Sample((2.0 * labels - 1)[:, None] * turned, labels), Objective(smoothing=0.1)))
+        seen = squared_tangent(
+            direction(Sample((2.0 * labels - 1)[:, None] * turned, labels), Objective(smoothing=0.1))
+        )
         assert seen == pytest.approx(with_intercept @ with_intercept, rel=2e-3)  # order κ^{-1/2} = 1e-4
         no_intercept.append(abs(seen / (without @ without) - 1))
     assert max(no_intercept) > 0.1
@@ -190,7 +205,7 @@ def test_prop_one_example_separable():
     separable = 0
     for r in range(repeats):
         sample = draw_classes(n, 3, kappa, rng=np.random.default_rng([2, r]))
-        separable += not (sample.turned @ fit(sample, Objective()) < 1 - 1e-9).any()
+        separable += not (sample.turned @ direction(sample, Objective()) < 1 - 1e-9).any()
     bound = 1 - n * stats.norm.sf(math.sqrt(kappa))
     assert separable / repeats > bound - 4.5 * math.sqrt(0.25 / repeats)
     assert separable < repeats  # and the bound is not idle
@@ -269,22 +284,68 @@ def test_prop_equal_margins_both_cases_and_unequal_classes():
     assert np.ptp(margins[:5]) < 1e-6
 
 
+def written_out(sample: Sample, objective: Objective):
+    """Loss, gradient and Hessian of the definition as a function of w: every pair at every λ, nothing folded."""
+    lam, chance = laws(objective)
+    lam = lam[:, None, None]
+    points = (lam[..., None] * sample.x[:, None] + (1 - lam[..., None]) * sample.x).reshape(-1, sample.dim)
+    target = (lam * sample.labels[:, None] + (1 - lam) * sample.labels).ravel()
+    target = (1 - objective.smoothing) * target + objective.smoothing / 2
+    weight = (chance[:, None, None] * sample.weights[:, None] * sample.weights).ravel()
+    decay = objective.weight_decay
+
+    def derivatives(w):
+        z = points @ w
+        slope = weight * expit(z) * expit(-z)
+        return (
+            weight @ (np.logaddexp(0, z) - target * z) + decay / 2 * w @ w,
+            (weight * (expit(z) - target)) @ points + decay * w,
+            (points * slope[:, None]).T @ points + decay * np.eye(len(w)),
+        )
+
+    return derivatives
+
+
+def uneven(n: int, dim: int, kappa: float) -> Sample:
+    """Unequal probabilities and unequal classes."""
+    rng = np.random.default_rng(0)
+    drawn = draw_classes(n, dim, kappa, rng=rng)
+    keep = np.arange(n) >= n // 4 * 2 * (drawn.labels == 1)
+    return Sample(drawn.x[keep], drawn.labels[keep], rng.dirichlet(np.full(keep.sum(), 3.0)))
+
+
 @pytest.mark.parametrize("name", OBJECTIVES)
-def test_fit_agrees_with_the_exact_minimiser(name):
-    sample = draw_classes(30, 4, 0.6, rng=np.random.default_rng(0))  # overlapping: ERM has a minimiser
-    expected = minimise(sample, OBJECTIVES[name]).weights
-    assert np.allclose(fit(sample, OBJECTIVES[name], order=32), expected, atol=1e-7)  # gradients of 1e-10 in both
-    separable = draw_classes(12, 4, 30.0, rng=np.random.default_rng(0))
-    if name == "erm":
-        assert np.allclose(fit(separable, OBJECTIVES[name]), max_margin(separable), atol=1e-9)
+@pytest.mark.parametrize("kind", ["even", "uneven"])
+def test_minimise_agrees_with_all_pairs_written_out(name, kind):
+    """Overlapping classes, so that ERM has a minimiser too. Newton's method from elsewhere, on the definition."""
+    sample = draw_classes(30, 4, 0.6, rng=np.random.default_rng(0)) if kind == "even" else uneven(40, 4, 0.6)
+    assert (np.ptp(sample.weights) > 0.01 and sample.labels.mean() < 0.4) == (kind == "uneven")
+    derivatives = written_out(sample, OBJECTIVES[name])
+    found = minimise(sample, OBJECTIVES[name])
+    root = optimize.root(lambda w: derivatives(w)[1], found.weights + 0.2, jac=lambda w: derivatives(w)[2], tol=1e-13)
+    assert np.allclose(found.weights, root.x, rtol=0, atol=1e-8)  # gradients of 1e-10 in both, curvatures above 0.01
+    assert found.loss == pytest.approx(derivatives(root.x)[0], abs=1e-13)
+    other = written_out(sample, OBJECTIVES["both" if name == "decay" else "decay"])
+    assert np.linalg.norm(other(found.weights)[1]) > 1e-3  # another loss is not at rest there
 
 
-def test_fit_where_the_sample_is_barely_separable():
+def test_minimise_on_a_sample_that_separates():
+    """ERM, with or without pairs that never mix: the direction of widest margin, by one program over all examples."""
+    sample = draw_classes(12, 4, 30.0, rng=np.random.default_rng(0))
+    rows = np.vstack([sample.turned.T, np.ones(12)])
+    residual = np.eye(5)[4] - rows @ optimize.nnls(rows, np.eye(5)[4])[0]
+    widest = -residual[:-1] / residual[-1]
+    assert np.allclose(max_margin(sample), widest, atol=1e-9)
+    for objective in (Objective(), Objective(mixing=DiscreteLaw((0.0, 1.0), (0.5, 0.5)))):
+        assert np.allclose(direction(sample, objective), widest, atol=1e-9)
+
+
+def test_minimise_where_the_sample_is_barely_separable():
     """A least norm above 50: the direction must still be feasible and optimal, which Newton's path would not be."""
     found = 0
     for seed in range(300):
         sample = draw_classes(128, 5, 6.0, rng=np.random.default_rng(seed))
-        w = fit(sample, Objective())
+        w = direction(sample, Objective())
         if (sample.turned @ w).min() < 1 - 1e-6 or np.linalg.norm(w) < 50:
             continue
         found += 1
@@ -295,12 +356,38 @@ def test_fit_where_the_sample_is_barely_separable():
     assert found > 0
 
 
-def test_hessian_over_pairs_is_the_slope_of_the_gradient():
-    sample = draw_classes(20, 3, 2.0, rng=np.random.default_rng(0))
-    slopes, w = _all_pairs(sample, SKEWED, 8), np.array([0.7, -0.4, 0.2])
-    step = 1e-5 * np.eye(3)
-    by_differences = np.array([(slopes(w + h)[0] - slopes(w - h)[0]) / 2e-5 for h in step])
-    assert np.allclose(slopes(w)[1], by_differences, atol=1e-9)  # error of order step²
+def test_derivatives_over_pairs(monkeypatch):
+    """Each is the slope of the one before; blocks of pairs of any size give the same sums."""
+    sample, w, decay = uneven(20, 3, 2.0), np.array([0.7, -0.4, 0.2]), 0.1
+    for objective in (SKEWED, Objective(smoothing=0.2, mixing=BetaLaw(0.4))):
+        pairs = population._nodes(sample, objective, 8)
+        loss, gradient, hessian = pairs.derivatives(w, decay)
+        assert loss == pairs.loss(w, decay)
+        step = 1e-5 * np.eye(3)
+        up, down = ([pairs.derivatives(w + s * h, decay) for h in step] for s in (1, -1))
+        slopes = np.array([(a[0] - b[0]) / 2e-5 for a, b in zip(up, down, strict=True)])
+        bends = np.array([(a[1] - b[1]) / 2e-5 for a, b in zip(up, down, strict=True)])
+        # Central differences: error of order step², and rounding over step.
+        assert np.allclose(gradient, slopes, rtol=0, atol=1e-9) and np.allclose(hessian, bends, rtol=0, atol=1e-9)
+        with monkeypatch.context() as small:
+            small.setattr(population, "BLOCK", 40)
+            for whole, parts in zip((loss, gradient, hessian), pairs.derivatives(w, decay), strict=True):
+                assert np.allclose(whole, parts, rtol=0, atol=1e-14)
+
+
+def test_folded_rule_keeps_what_is_even_about_one_half():
+    for law in (BetaLaw(0.3), DiscreteLaw((0.2, 0.5, 0.8, 0.9), (0.1, 0.2, 0.3, 0.4))):
+        (lam, mass), (folded, weights) = law.rule(7), folded_rule(law, 7)
+        assert (folded >= 0.5).all() and len(folded) < len(lam) and weights.sum() == pytest.approx(1, abs=1e-14)
+        for power in (2, 4, 6):
+            assert weights @ (folded - 0.5) ** power == pytest.approx(mass @ (lam - 0.5) ** power, rel=1e-12)
+
+
+def test_pairs_beyond_memory_are_refused(monkeypatch):
+    monkeypatch.setattr(population, "MOST_NUMBERS", 2 * 20**2 - 1)
+    sample = draw_classes(20, 3, 1.0, rng=np.random.default_rng(0))
+    with pytest.raises(population.ConvergenceError, match="20 examples at 2 values"):
+        minimise(sample, SKEWED)
 
 
 def test_needed_examples():
@@ -318,6 +405,8 @@ def test_bad_input():
         direction_spread(0.0, Objective())
     with pytest.raises(ValueError, match="ε = 1"):
         direction_spread(1.0, Objective(smoothing=1.0))
+    with pytest.raises(ValueError, match="ε = 1"):
+        direction_spread(1.0, Objective(smoothing=1.0, mixing=BetaLaw(1.0)))
     for n in (0, 7):
         with pytest.raises(ValueError, match=f"even and at least 2, got {n}"):
             draw_classes(n, 3, 1.0, rng=np.random.default_rng(0))

@@ -9,7 +9,7 @@ reductions of the law of the data keep the integral low-dimensional:
   and Hessian by the same nodes, for any dimension;
 - Mixup: given λ the mixed coordinate is again a scalar, and its law is replaced by its own Gauss rule.
 
-A finite, possibly weighted sample is a law as well; Mixup is then over all its pairs.
+A finite, possibly weighted sample is a law as well; Mixup is then over all its pairs, in n × n arrays in any dimension.
 """
 
 from collections.abc import Iterator
@@ -21,7 +21,7 @@ from scipy.integrate import solve_ivp
 from scipy.interpolate import BSpline
 from scipy.linalg import block_diag
 from scipy.optimize import nnls
-from scipy.special import expit, roots_jacobi, roots_legendre
+from scipy.special import roots_jacobi, roots_legendre
 
 from labelaug.data.synthetic import Box, Elliptical, EllipticalTask, TwoFeatureTask
 from labelaug.mixing import check_alpha
@@ -30,7 +30,8 @@ GRADIENT = 1e-10  # the certificate: a larger gradient is not returned as a mini
 STEP = 1e-6  # nor one from which Newton's next step is longer than this, relative to 1 + ‖w‖
 LEAST_LOSS = 1e-24  # below it the loss rests on a tail of the normal law that the nodes do not reach
 STABLE = 1e-10  # how little the minimiser may move, relative to 1 + ‖w‖, when the rule is refined
-MOST_NUMBERS = 2**24  # of the finest rule: nodes times coordinates
+MOST_NUMBERS = 2**24  # of the finest rule: nodes times coordinates; of a sample: pairs times nodes of λ
+BLOCK = 2**15  # pairs at once: arrays that stay in the processor's cache
 COARSE = 2**14  # of the finest rule on which Newton's method may fail without the failure being final
 
 
@@ -83,6 +84,14 @@ class DiscreteLaw:
         return sum(w for v, w in zip(self.values, self.weights, strict=True) if v == value)
 
 
+def folded_rule(law: BetaLaw | DiscreteLaw, order: int) -> tuple[np.ndarray, np.ndarray]:
+    """Nodes of max(λ, 1 - λ) and their weights: over all ordered pairs λ and 1 - λ give the same loss."""
+    lam, mass = law.rule(order)
+    lam = np.maximum(lam, 1 - lam)
+    _, first, inverse = np.unique(np.round(lam, 14), return_index=True, return_inverse=True)
+    return lam[first], np.bincount(inverse, weights=mass)
+
+
 @dataclass(frozen=True)
 class Objective:
     """What is minimised. All at their defaults: the plain cross-entropy (ERM).
@@ -103,10 +112,14 @@ class Objective:
             raise ValueError(f"weight_decay must be at least 0, got {self.weight_decay}")
 
     @property
+    def mixes(self) -> bool:
+        """Whether any input is mixed: with λ in {0, 1} the loss is that without mixing."""
+        return self.mixing is not None and self.mixing.mass(0.0) + self.mixing.mass(1.0) < 1 - 1e-12
+
+    @property
     def asks_for_infinity(self) -> bool:
         """Whether all its targets are 0 or 1, so that separable data have no minimiser."""
-        ends = 1.0 if self.mixing is None else self.mixing.mass(0.0) + self.mixing.mass(1.0)
-        return self.smoothing == 0 and self.weight_decay == 0 and ends > 1 - 1e-12
+        return self.smoothing == 0 and self.weight_decay == 0 and not self.mixes
 
 
 def method_objective(method: str, strength: float) -> Objective:
@@ -168,9 +181,9 @@ class Minimiser:
 
     weights ``[d]``; loss in nats; gradient_norm ≤ 1e-10; least_curvature: smallest eigenvalue of the Hessian on the
     span of the data (within the symmetric weights where the law is symmetric), positive; next_step ≤ 1e-6: length of
-    Newton's next step over 1 + ‖w‖, how far off the weights may be (1e-12 unless the loss is flat); null_space ``[d, r]``:
-    orthonormal directions that no input has, which may be added to the weights without changing the loss when there is
-    no weight decay; nodes: of the finest quadrature rule.
+    Newton's next step over 1 + ‖w‖, how far off the weights may be (1e-12 unless the loss is flat); null_space
+    ``[d, r]``: orthonormal directions that no input has, which may be added to the weights without changing the loss
+    when there is no weight decay; nodes: of the finest quadrature rule.
     """
 
     weights: np.ndarray
@@ -205,7 +218,7 @@ def minimise(source: Source, objective: Objective) -> Minimiser | AtInfinity:
         try:
             last, found = found, _newton(nodes, objective.weight_decay, start=found)
         except ConvergenceError:  # of a rule so coarse that its loss and its gradient disagree
-            if nodes.linear.size > COARSE or _is_finite(source, objective):
+            if nodes.count * space.basis.shape[1] > COARSE or _is_finite(source, objective):
                 raise
             found = None
             continue
@@ -221,7 +234,7 @@ def minimise(source: Source, objective: Objective) -> Minimiser | AtInfinity:
             f"no certificate: gradient norm {norm:.1e}, least curvature {curvature:.1e}, next step {step:.1e}, "
             f"loss {loss:.1e}"
         )
-    return Minimiser(space.lift @ found, loss, norm, curvature, float(step), space.null, len(nodes.weight))
+    return Minimiser(space.lift @ found, loss, norm, curvature, float(step), space.null, nodes.count)
 
 
 def population_loss(source: Source, objective: Objective, weights: np.ndarray) -> np.ndarray:
@@ -312,9 +325,18 @@ class _Nodes:
     kernel: np.ndarray
     pair: np.ndarray
 
+    @property
+    def count(self) -> int:
+        """Number of nodes N."""
+        return len(self.weight)
+
     def project(self, basis: np.ndarray) -> "_Nodes":
         """The same nodes in the coordinates of orthonormal columns ``basis [k, r]``."""
         return replace(self, linear=self.linear @ basis, scatter=basis.T @ self.scatter @ basis)
+
+    def start(self, weight_decay: float) -> np.ndarray:
+        """Where Newton's method may begin: zero, ``[k]``."""
+        return np.zeros(self.linear.shape[1])
 
     def logits(self, w: np.ndarray) -> np.ndarray:
         """z at each node, ``[N]``."""
@@ -326,15 +348,13 @@ class _Nodes:
 
     def loss(self, w: np.ndarray, weight_decay: float) -> float:
         """Loss at w, weight decay included."""
-        z = self.logits(w)
-        excess = np.where(z > 0, (1 - self.target) * z, -self.target * z)
-        return float(self.weight @ (np.log1p(np.exp(-np.abs(z))) + excess) + 0.5 * weight_decay * (w @ w))
+        value, _, _ = _cross_entropy(self.logits(w), self.target)
+        return float(self.weight @ value + 0.5 * weight_decay * (w @ w))
 
     def derivatives(self, w: np.ndarray, weight_decay: float) -> tuple[float, np.ndarray, np.ndarray]:
         """Loss, gradient ``[k]`` and Hessian ``[k, k]`` at w, weight decay included."""
         z, pulled = self.logits(w), self.scatter @ w  # Σ_e w
-        tail = expit(-np.abs(z))
-        residual = np.where(z > 0, (1 - self.target) - tail, tail - self.target)  # σ(z) - t without cancellation
+        value, residual, tail = _cross_entropy(z, self.target)
         slope = self.weight * tail * (1 - tail)  # of σ
         gradient = self.linear.T @ (self.weight * residual)
         hessian = (self.linear * slope[:, None]).T @ self.linear
@@ -346,7 +366,76 @@ class _Nodes:
             cross = (self.linear.T @ (third * self.kernel).T) @ pulled
             hessian = hessian + cross + cross.T + np.einsum("e,ekl->kl", first, self.scatter)
             hessian = hessian + pulled.T @ (self.pair @ fourth) @ pulled
-        return self.loss(w, weight_decay), gradient + weight_decay * w, hessian + weight_decay * np.eye(len(w))
+        loss = float(self.weight @ value + 0.5 * weight_decay * (w @ w))
+        return loss, gradient + weight_decay * w, hessian + weight_decay * np.eye(len(w))
+
+
+@dataclass(frozen=True, eq=False)
+class _Pairs:
+    """All ordered pairs of a sample's examples at each λ: z_ij = λ⟨w, x_i⟩ + (1-λ)⟨w, x_j⟩, n × n numbers.
+
+    weight ``[n]``; linear: the x_i, ``[n, k]``; lam, mass ``[Λ]``; target ``[n]``: the loss is linear in the t_ij, and
+    summed over both places in the pair, the partner and λ, what multiplies x_i is E[λ² + (1-λ)²]·t_i + 2E[λ(1-λ)]·E[t].
+    """
+
+    weight: np.ndarray
+    target: np.ndarray
+    linear: np.ndarray
+    lam: np.ndarray
+    mass: np.ndarray
+
+    @property
+    def count(self) -> int:
+        """Number of pairs times values of λ."""
+        return len(self.lam) * len(self.weight) ** 2
+
+    def project(self, basis: np.ndarray) -> "_Pairs":
+        """The same pairs in the coordinates of orthonormal columns ``basis [k, r]``."""
+        return replace(self, linear=self.linear @ basis)
+
+    def start(self, weight_decay: float) -> np.ndarray:
+        """Newton's step from zero, which cannot overshoot: σ' is nowhere larger than its 1/4 at zero."""
+        weighted, own = self.weight[:, None] * self.linear, self.mass @ (self.lam**2 + (1 - self.lam) ** 2)
+        moment, mean = weighted.T @ self.linear, weighted.sum(0)
+        hessian = 0.25 * (own * moment + (1 - own) * np.outer(mean, mean)) + weight_decay * np.eye(len(mean))
+        return np.linalg.solve(hessian, (self.target - 0.5) @ weighted)
+
+    def loss(self, w: np.ndarray, weight_decay: float) -> float:
+        """Loss at w, weight decay included."""
+        return self.derivatives(w, weight_decay)[0]
+
+    def derivatives(self, w: np.ndarray, weight_decay: float) -> tuple[float, np.ndarray, np.ndarray]:
+        """Loss, gradient ``[k]`` and Hessian ``[k, k]`` at w, weight decay included."""
+        x, p, pull = self.linear, self.weight, 2 * self.target - 1
+        z, weighted = x @ w, p[:, None] * x
+        loss = np.log(2) + 0.5 * (weight_decay * (w @ w) - (p * pull) @ z)
+        gradient, hessian = weight_decay * w - 0.5 * pull @ weighted, weight_decay * np.eye(len(w))
+        places, shares = np.tile(np.arange(len(p)), len(self.lam)), np.repeat(self.lam, len(p))
+        masses, rows = np.outer(self.mass, p).ravel(), max(1, BLOCK // len(p))
+        for start in range(0, len(places), rows):  # a row for each λ and i
+            block = slice(start, start + rows)
+            lam, mass, first = shares[block], masses[block], x[places[block]]
+            rest = 1 - lam
+            half = 0.5 * ((lam * z[places[block]])[:, None] + rest[:, None] * z)
+            tanh = np.tanh(half)  # σ(z) = (1 + tanh)/2, and log(1 + e^z) - z/2 = log 2 + |z|/2 - log(1 + |tanh|)
+            loss += mass @ ((np.abs(half) - np.log(1 + np.abs(tanh))) @ p)
+            gradient += 0.5 * ((mass * lam * (tanh @ p)) @ first + ((mass * rest) @ tanh) @ weighted)
+            slope = 1 - tanh * tanh  # 4σ'
+            cross = (first * (mass * lam * rest)[:, None]).T @ (slope @ weighted)
+            own = (first * (mass * lam**2 * (slope @ p))[:, None]).T @ first
+            others = (weighted * ((mass * rest**2) @ slope)[:, None]).T @ x
+            hessian += 0.25 * (cross + cross.T + own + others)
+        return float(loss), gradient, hessian
+
+
+def _cross_entropy(z: np.ndarray, target: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Loss log(1 + e^z) - t z, residual σ(z) - t and tail σ(-|z|) at each logit, small ones without cancellation."""
+    positive, size = z > 0, np.abs(z)
+    odds = np.exp(-size)
+    tail = odds / (1 + odds)
+    other = np.where(positive, 1 - target, target)  # probability of the class that z speaks against
+    gap = other - tail
+    return np.log1p(odds) + other * size, np.where(positive, gap, -gap), tail
 
 
 @dataclass(frozen=True)
@@ -474,39 +563,36 @@ def _is_finite(source: Source, objective: Objective) -> bool:
     return isinstance(source, Sample) and not isinstance(objective.mixing, BetaLaw)
 
 
-def _nodes(source: Source, objective: Objective, order: int) -> _Nodes:
-    """The law of logit and target as nodes, in the coordinates of ``_frame``; the anchor is turned to its own side."""
+def _nodes(source: Source, objective: Objective, order: int) -> _Nodes | _Pairs:
+    """The law of logit and target as nodes, in the coordinates of ``_frame``; an anchor is turned to its own side."""
+    mixing = objective.mixing if objective.mixes else None
     if isinstance(source, Sample):
-        nodes = _sample_nodes(source, objective.mixing, order)
+        nodes = _sample_nodes(source, mixing, order)
     else:
         plus, minus = _laws(source)
         ellipses = list(dict.fromkeys(law.ellipse for law in (plus, minus) if law.ellipse is not None))
-        if objective.mixing is None:
+        if mixing is None:
             classes = [plus] if plus == minus else [plus, minus]
             parts = [_class_nodes(law, ellipses, order) for law in classes]
         else:
             pairs = [(plus, plus, True), (plus, minus, False)]
             if plus != minus:
                 pairs += [(minus, minus, True), (minus, plus, False)]
-            parts = [_pair_nodes(*pair, objective.mixing, ellipses, order) for pair in pairs]
+            parts = [_pair_nodes(*pair, mixing, ellipses, order) for pair in pairs]
         nodes = _join(parts)
     return replace(nodes, target=(1 - objective.smoothing) * nodes.target + objective.smoothing / 2)
 
 
-def _sample_nodes(sample: Sample, mixing: BetaLaw | DiscreteLaw | None, order: int) -> _Nodes:
+def _sample_nodes(sample: Sample, mixing: BetaLaw | DiscreteLaw | None, order: int) -> _Nodes | _Pairs:
     u, weights = sample.turned, sample.weights
     if mixing is None:
         return _Nodes(weights, np.ones(len(u)), u, *_no_ellipse(len(u), sample.dim))
-    lam, mass = mixing.rule(order)
-    if len(lam) * u.size * len(u) > MOST_NUMBERS:
+    lam, mass = folded_rule(mixing, order)
+    if len(lam) * len(u) ** 2 > MOST_NUMBERS:
         raise ConvergenceError(f"all pairs of {len(u)} examples at {len(lam)} values of λ are too many numbers to hold")
-    same = sample.labels[:, None] == sample.labels
-    sign = np.where(same, 1.0, -1.0)
-    linear = lam[:, None, None, None] * u[:, None] + (1 - lam)[:, None, None, None] * (sign[:, :, None] * u[None])
-    weight = mass[:, None, None] * (weights[:, None] * weights)
-    target = lam[:, None, None] + (1 - lam)[:, None, None] * same
-    linear = linear.reshape(-1, sample.dim)
-    return _Nodes(weight.ravel(), target.ravel(), linear, *_no_ellipse(len(linear), sample.dim))
+    own = mass @ (lam**2 + (1 - lam) ** 2)
+    target = own * sample.labels + (1 - own) * (weights @ sample.labels)
+    return _Pairs(weights, target, sample.x, lam, mass)
 
 
 def _no_ellipse(n: int, k: int) -> tuple[np.ndarray, ...]:
@@ -682,11 +768,12 @@ def _gauss(points: np.ndarray, weights: np.ndarray, order: int) -> tuple[np.ndar
 # --- solvers -------------------------------------------------------------------------------------------------------
 
 
-def _newton(nodes: _Nodes, weight_decay: float, *, start: np.ndarray | None) -> np.ndarray:
+def _newton(nodes: _Nodes | _Pairs, weight_decay: float, *, start: np.ndarray | None) -> np.ndarray:
     """Damped Newton steps until the step itself is negligible; a small gradient may only mean a flat loss."""
-    w = np.zeros(nodes.linear.shape[1]) if start is None else start
+    w = nodes.start(weight_decay) if start is None else start
+    here = nodes.derivatives(w, weight_decay)
     for _ in range(300):
-        loss, gradient, hessian = nodes.derivatives(w, weight_decay)
+        loss, gradient, hessian = here
         step = _step(gradient, hessian, w)
         if np.linalg.norm(step) <= 1e-14 * (1 + np.linalg.norm(w)):
             return w
@@ -695,8 +782,8 @@ def _newton(nodes: _Nodes, weight_decay: float, *, start: np.ndarray | None) -> 
             return w - step
         length = 1.0
         while True:
-            new_loss, new_gradient, _ = nodes.derivatives(w - length * step, weight_decay)
-            if new_loss <= loss - 1e-4 * length * promised or np.linalg.norm(new_gradient) <= norm / 2:
+            here = nodes.derivatives(w - length * step, weight_decay)
+            if here[0] <= loss - 1e-4 * length * promised or np.linalg.norm(here[1]) <= norm / 2:
                 break
             length /= 2
             if length < 1e-12:
