@@ -3,7 +3,8 @@
 A method is a frozen dataclass with two functions. ``draw`` takes random numbers only, for one minibatch of n examples;
 ``terms`` is arithmetic and may call the model. Both live here, so that another method is one more class with these two
 functions, and nothing in the trainer changes: CutMix draws a box beside λ; RegMixup returns two terms, the second with
-its weight η; a method that mixes hidden layers, or adds noise to them, does so around its call of ``model``.
+its weight η; a method that mixes hidden layers, or adds noise to them, does so in hooks around its call of ``model``
+(and is trained uncompiled: a compiled model hides its layers).
 """
 
 from collections.abc import Callable

@@ -82,6 +82,8 @@ class DeepSetting:
         if self.switch_epoch is not None and not 0 <= self.switch_epoch <= self.epochs:
             raise ValueError(f"switch_epoch must lie in 0..{self.epochs}, got {self.switch_epoch}")
         check_smoothing(self.smoothing, 2)
+        if self.labels == "teacher" and (self.smoothing != 0 or not getattr(self.method, "inputs", True)):
+            raise ValueError("a teacher's labels are neither smoothed nor mixed: smoothing and inputs=False do nothing")
         if not 0 <= self.momentum < 1 or (self.momentum > 0 and self.optimiser != "sgd"):
             raise ValueError(f"momentum must lie in [0, 1) and belongs to sgd, got {self.momentum}, {self.optimiser}")
         if not 0 <= self.weight_decay < float("inf"):
@@ -245,14 +247,14 @@ class _Run:
             return False
         if not bool(torch.stack([p.detach().isfinite().all() for p in self.model.parameters()]).all()):
             return False
-        found = _measured(self.model, self.measure) if self.epoch in self.setting.records else []
+        found = _measured(self.model, self.measure, self.device) if self.epoch in self.setting.records else []
         if not all(np.isfinite(value) for *_, value in found):
             return False
         self.found.extend((self.step, self.epoch, *item) for item in [*running, *found])
         return True
 
     def state(self) -> dict:
-        """What a checkpoint holds."""
+        """What a checkpoint holds: to be saved at once, since the next step changes its tensors and rows."""
         return {
             "key": self.setting.key,
             "seed": self.seed,
@@ -362,18 +364,18 @@ def _num_classes(model: nn.Module, x: Tensor, labels: Tensor) -> int:
     chosen = torch.zeros(1, dtype=torch.int64, device=x.device)
     first = x[:1].float() if x.dtype == torch.uint8 else x[chosen]
     shape = []
-    _measured(model, lambda model: shape.extend(model(first).shape) or {})
+    _measured(model, lambda model: shape.extend(model(first).shape) or {}, x.device)
     if len(shape) != 2 or shape[0] != 1 or shape[1] <= labels.max():
         raise ValueError(f"the model must give logits [1, K > {labels.max()}], got {shape}")
     return shape[1]
 
 
-def _measured(model: nn.Module, measure: Measure) -> list[tuple[str, str, float]]:
+def _measured(model: nn.Module, measure: Measure, device: torch.device) -> list[tuple[str, str, float]]:
     """What ``measure`` says of the model, as (split, metric, value); the model is left as it was found."""
     was_training = model.training
     model.eval()
     try:
-        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        with torch.no_grad(), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             found = measure(model)
     finally:
         model.train(was_training)
@@ -399,7 +401,9 @@ def _check(x: Tensor, labels: Tensor, setting: DeepSetting, seed: int, teacher) 
         )
     if labels.min() < 0:
         raise ValueError(f"labels must be at least 0, got {labels.min()}")
-    if setting.augmentation != "none" and (x.dtype != torch.uint8 or x.ndim != 4):
+    if not (x.is_floating_point() or (x.dtype == torch.uint8 and x.ndim == 4)):
+        raise ValueError(f"x must be floats or uint8 images [n, C, H, W], got {x.dtype} {list(x.shape)}")
+    if setting.augmentation != "none" and x.dtype != torch.uint8:
         raise ValueError(f"crop-flip needs uint8 images [n, C, H, W], got {x.dtype} {list(x.shape)}")
     if (setting.labels == "teacher") != (teacher is not None):
         raise ValueError(f"labels={setting.labels!r} and {'a' if teacher else 'no'} teacher do not fit")
