@@ -225,7 +225,8 @@ def test_training_is_the_plain_loop(setting, pictures, seed=3):
     others += [(replace(setting, **{f: off}), seed) for f, off in OFF.items() if getattr(setting, f) != off]
     if setting.method != ERM:
         per = "batch" if setting.method.per == "example" else "example"
-        others.append((replace(setting, method=replace(setting.method, inputs=not setting.method.inputs)), seed))
+        if not advisor:  # a teacher's labels are never mixed
+            others.append((replace(setting, method=replace(setting.method, inputs=not setting.method.inputs)), seed))
         others += (
             [(replace(setting, method=Mixup(setting.method.alpha, per=per)), seed)] if setting.method.alpha else []
         )

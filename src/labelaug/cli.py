@@ -1,4 +1,4 @@
-"""The command line: ``labelaug run | book | claims | data | bench``.
+"""The command line: ``labelaug run | book | claims | train | results | data | bench``.
 
 Imports of what a command needs stand inside it, so that ``labelaug --help`` answers at once.
 """
@@ -167,6 +167,88 @@ def claims_command(as_json, profile):
         click.echo(f"{row['id']:8} {claims.number(row):28} {row['verdict']:16} {row['claim']}")
         if row["why"]:
             click.echo(f"{'':8} {row['why']}")
+
+
+@main.command()
+@click.argument("study", metavar="STUDY")
+@click.option(
+    "--scale",
+    type=click.Choice(["smoke", "cpu", "gpu", "paper"]),
+    default="smoke",
+    show_default=True,
+    help="Seconds, for a test; real data on a few cores; half an hour of a GPU; or the paper's own grid.",
+)
+@click.option("--workers", type=click.IntRange(min=1), default=1, show_default=True, help="Trials at once, here.")
+@click.option("--scheduler", metavar="ADDRESS", help="Run on this dask cluster in place of here.")
+@click.option("--device", type=click.Choice(["cpu", "cuda"]), help="[default: cuda if torch has one, else cpu]")
+@click.option(
+    "--minutes",
+    type=click.FloatRange(min=0, min_open=True),
+    metavar="M",
+    help="Begin no trial after M minutes; running ones stop after their epoch, with a checkpoint.",
+)
+@click.option(
+    "--runs", type=click.Path(file_okay=False, path_type=Path), help="Results and checkpoints.  [default: results/runs]"
+)
+@data_option
+@click.option("--list", "only_list", is_flag=True, help="Print each trial and how far it is; train nothing.")
+def train(study, scale, workers, scheduler, device, minutes, runs, only_list):
+    """Train the trials of STUDY that have no result yet, then merge the results.
+
+    What was stopped, in whatever way, goes on from its checkpoints with the same command.
+    """
+    import torch
+
+    from labelaug import engine, paths
+    from labelaug.studies import STUDIES
+
+    if study not in STUDIES:
+        raise click.BadParameter(f"'{study}' is no study; there are: {', '.join(STUDIES)}", param_hint="STUDY")
+    try:
+        trials = STUDIES[study](scale)
+    except ValueError as error:  # not every study has every scale
+        raise click.BadParameter(str(error), param_hint="'--scale'") from None
+    runs = runs or paths.PROJECT / "results" / "runs"
+    if only_list:
+        for trial in trials:
+            state, seconds = engine.status(trial, runs)
+            cost = "" if seconds is None else f"{seconds:.1f} s"
+            click.echo(f"{trial.key}  {state:24} {cost:>10}  {trial.label}")
+        return
+    if scheduler is None:
+        data_dir = paths.data_dir()
+    else:  # each worker's own, unless it is named here
+        data_dir = Path(os.environ["LABELAUG_DATA"]) if os.environ.get("LABELAUG_DATA") else None
+    try:
+        engine.run_study(
+            study,
+            scale,
+            runs=runs,
+            data_dir=data_dir,
+            device=device or ("cuda" if torch.cuda.is_available() else "cpu"),
+            workers=workers,
+            scheduler=scheduler,
+            minutes=minutes,
+        )
+    finally:  # trials that were finished before something stopped the rest are merged too
+        merged = engine.merge(study, scale, runs=runs, folder=runs if scale == "smoke" else paths.PROJECT / "results")
+        if merged:
+            click.echo(merged)
+
+
+@main.command("results")
+def results_command():
+    """Print what the committed results of studies are and where they come from."""
+    from labelaug import paths, results
+
+    for path in sorted((paths.PROJECT / "results").glob("*.parquet")):
+        found = results.load_study(*path.stem.rsplit("-", 1), folder=path.parent)
+        trials = found.trials
+        click.echo(f"{path.name}: {found.study} at scale {found.scale}")
+        click.echo(f"  {len(trials)} trials, seeds {', '.join(str(seed) for seed in sorted(set(found.rows['seed'])))}")
+        click.echo(f"  {trials['seconds'].sum() / 3600:.2f} hours on {'; '.join(sorted(set(trials['device'])))}")
+        commits = sorted({f"{row.commit[:7]}{' with changes' if row.dirty else ''}" for row in trials.itertuples()})
+        click.echo(f"  {trials['created'].min()[:10]} to {trials['created'].max()[:10]}, commits {', '.join(commits)}")
 
 
 @main.command()

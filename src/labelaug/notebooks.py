@@ -143,6 +143,13 @@ def image_sets(names) -> list[str]:
     return list(dict.fromkeys(found))
 
 
+def _committed_results(section: str) -> list[str]:
+    """SHA-256 of each file of results that a section names, ``{"labelaug": {"results": ["STUDY-SCALE", …]}}``."""
+    names = _notebook(section)["metadata"].get("labelaug", {}).get("results", [])
+    files = [paths.RESULTS / f"{name}.parquet" for name in names]
+    return [hashlib.sha256(file.read_bytes()).hexdigest() if file.exists() else "none" for file in files]
+
+
 def resolve(section: str, profile: str = "default", overrides: dict | None = None) -> dict:
     """All parameters of a section: the notebook's own, changed by the profile, changed by ``overrides``.
 
@@ -283,7 +290,7 @@ class _Plan:
 
 
 def _plan(section: str, parameters: dict, profile: str | None) -> _Plan:
-    """The key: notebook, parameters, package code, pins and, where the section reads images, the image sets."""
+    """The key: notebook, parameters, package code, pins and what the section reads: image sets, committed results."""
     notebook = _notebook(section)
     data = None
     if image_sets([section]):
@@ -299,7 +306,7 @@ def _plan(section: str, parameters: dict, profile: str | None) -> _Plan:
         for cell in notebook["cells"]
     ]
     requirements = (paths.PROJECT / "requirements.txt").read_text(encoding="utf-8")
-    ingredients = [cells, parameters, _code_hash(PACKAGE), requirements, data]
+    ingredients = [cells, parameters, _code_hash(PACKAGE), requirements, data, _committed_results(section)]
     digest = hashlib.sha256(json.dumps(ingredients, sort_keys=True).encode()).hexdigest()
     return _Plan(section, profile, parameters, digest[:12], data)
 

@@ -7,6 +7,7 @@ PROJECT = Path(__file__).resolve().parents[2]
 BUILD = PROJECT / "book" / "_build"
 RUNS = BUILD / "runs"
 NOTEBOOKS = PROJECT / "notebooks"
+RESULTS = PROJECT / "results"  # committed: one file of trials for each study and scale
 
 
 def data_dir(explicit: str | Path | None = None) -> Path:

@@ -1,13 +1,17 @@
-"""Tables with their provenance: parquet files that are written whole or not at all, and where a section puts them."""
+"""Tables with their provenance: parquet files that are written whole or not at all, and where they are.
+
+A section's tables lie in its run; the results of a study's trials lie in one committed file a study and scale.
+"""
 
 import json
 import os
 import platform
 import subprocess
 import time
+from contextlib import suppress
 from dataclasses import dataclass, fields, is_dataclass
 from datetime import UTC, datetime
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import numpy as np
@@ -25,17 +29,19 @@ class ResultsError(OSError):
     """A table could not be written or read."""
 
 
-def environment() -> dict:
+def environment(device: str = "cpu") -> dict:
     """What a number depends on besides its description: commit, whether the tree had changes, versions, device, time.
 
+    Args: device: "cpu", or "cuda" for torch's current GPU.
     Returns: ``commit`` (40 hex digits, or "none" outside a repository), ``dirty`` (tracked files differ from the
-    commit), ``versions``, ``device`` (processor and cores), ``created`` (ISO 8601, UTC).
+    commit), ``versions`` (of the packages that are installed), ``device`` (processor and cores, or the GPU's name),
+    ``created`` (ISO 8601, UTC).
     """
     return {
         "commit": _git("rev-parse", "HEAD") or "none",
         "dirty": bool(_git("status", "--porcelain", "--untracked-files=no")),
-        "versions": {"python": platform.python_version()} | {name: version(name) for name in PACKAGES},
-        "device": f"CPU, {_processor()}, {os.cpu_count()} cores",
+        "versions": {"python": platform.python_version()} | _versions(),
+        "device": f"CPU, {_processor()}, {os.cpu_count()} cores" if device == "cpu" else f"GPU, {_gpu()}",
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
     }
 
@@ -47,17 +53,29 @@ def write_table(path: Path, frame: pd.DataFrame, *, description, seconds: float)
         the rows took.
     Raises: ResultsError if the folder cannot be written or is full; a table that was there stays as it was.
     """
-    provenance = environment() | {"description": _plain(description), "seconds": round(seconds, 3)}
-    table = pa.Table.from_pandas(frame, preserve_index=False)
-    metadata = {**(table.schema.metadata or {}), METADATA_KEY: json.dumps(provenance).encode()}
-    path = Path(path)
+    path, table = Path(path), _table(frame, environment() | described(description, seconds))
     _replace(
         {
-            path: lambda part: pq.write_table(table.replace_schema_metadata(metadata), part),
+            path: lambda part: pq.write_table(table, part, compression="zstd"),
             path.with_suffix(".csv"): lambda part: frame.to_csv(part, index=False, float_format="%.8g"),
         }
     )
     return path
+
+
+def write_parquet(path: Path, frame: pd.DataFrame, provenance: dict) -> Path:
+    """Write ``frame`` as parquet alone, whole or not at all; the same rows and provenance give the same bytes.
+
+    Raises: as :func:`write_table`.
+    """
+    table = _table(frame, provenance)
+    _replace({Path(path): lambda part: pq.write_table(table, part, compression="zstd")})
+    return Path(path)
+
+
+def described(description, seconds: float) -> dict:
+    """The part of a provenance that is the caller's: the description as JSON's own types, and the wall time."""
+    return {"description": _plain(description), "seconds": round(seconds, 3)}
 
 
 def read_table(path: Path) -> tuple[pd.DataFrame, dict]:
@@ -75,6 +93,42 @@ def read_table(path: Path) -> tuple[pd.DataFrame, dict]:
     if METADATA_KEY not in metadata:
         raise ResultsError(f"{path} carries no provenance: write it with labelaug.results.write_table")
     return table.to_pandas(), json.loads(metadata[METADATA_KEY])
+
+
+@dataclass(frozen=True, eq=False)
+class StudyResults:
+    """The finished trials of a study at one scale: two tables that share the column ``key``.
+
+    ``rows`` has key, seed, step, epoch, split, metric, value. ``trials`` has one row per key: every field of the
+    description, a nested one as ``setting.epochs`` (its class as ``setting.type``), a list as its JSON text so that it
+    can be grouped by, and device, commit, dirty, created, seconds (of training). A field that is None is missing (NaN):
+    group by it with ``dropna=False``.
+    """
+
+    study: str
+    scale: str
+    rows: pd.DataFrame
+    trials: pd.DataFrame
+
+
+def load_study(study: str, scale: str, *, folder: Path = PROJECT / "results") -> StudyResults:
+    """The committed results of a study at one scale.
+
+    Raises: ResultsError if there are none, or the file is damaged.
+    """
+    path = Path(folder) / f"{study}-{scale}.parquet"
+    if not path.exists():
+        raise ResultsError(f"no results at {path}: run `labelaug train {study} --scale {scale}`")
+    rows, found = read_table(path)
+    if not {"study", "scale", "trials"} <= found.keys():
+        raise ResultsError(f"{path} holds no study: write it with `labelaug train {study} --scale {scale}`")
+    trials = [
+        {"key": key}
+        | _flat({name: value for name, value in trial["description"].items() if name != "type"})
+        | {name: trial[name] for name in ("device", "commit", "dirty", "created", "seconds")}
+        for key, trial in found["trials"].items()
+    ]
+    return StudyResults(found["study"], found["scale"], rows, pd.DataFrame(trials))
 
 
 @dataclass(frozen=True)
@@ -96,6 +150,11 @@ def section(name: str) -> Section:
     """Open section ``name``: in the run folder that ``labelaug run`` gives, else in a scratch folder of the build."""
     folder = os.environ.get("LABELAUG_RUN_DIR") or BUILD / "scratch" / name
     return Section(name, Path(folder), time.perf_counter())
+
+
+def _table(frame: pd.DataFrame, provenance: dict) -> pa.Table:
+    table = pa.Table.from_pandas(frame, preserve_index=False)
+    return table.replace_schema_metadata((table.schema.metadata or {}) | {METADATA_KEY: json.dumps(provenance)})
 
 
 def _replace(writers: dict) -> None:
@@ -130,6 +189,31 @@ def _plain(value):
     if isinstance(value, np.generic):
         return value.item()
     return value
+
+
+def _flat(fields: dict, prefix: str = "") -> dict:
+    """Nested dicts as one, names joined by a point; lists as JSON text."""
+    found = {}
+    for name, value in fields.items():
+        if isinstance(value, dict):
+            found |= _flat(value, f"{prefix}{name}.")
+        else:
+            found[prefix + name] = json.dumps(value) if isinstance(value, list) else value
+    return found
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for name in PACKAGES:
+        with suppress(PackageNotFoundError):  # a machine that only trains has few of them
+            found[name] = version(name)
+    return found
+
+
+def _gpu() -> str:
+    import torch  # slow to import, and only a GPU's name needs it
+
+    return torch.cuda.get_device_name()
 
 
 def _git(*arguments: str) -> str:
