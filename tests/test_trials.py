@@ -315,6 +315,24 @@ def test_a_damaged_checkpoint_is_told_of_and_the_trial_starts_again(folder, tmp_
     assert without_seconds(frame).equals(without_seconds(undisturbed))
 
 
+def test_a_stopped_teacher_goes_on(folder, tmp_path):
+    """Stopped twice while its teacher trains: each time one more of the teacher's epochs is kept."""
+    taught, epochs = over_training("smoke")[3], []
+
+    def stop(epoch):
+        epochs.append(epoch)
+        raise Stopped
+
+    apart = run_trial(taught, data_dir=folder)
+    for made in (1, 2):
+        with pytest.raises(Stopped):
+            run_trial(taught, data_dir=folder, checkpoint=tmp_path / "t.checkpoint", progress=stop)
+        kept = tmp_path / f"{taught.teacher.key}.teacher-checkpoint"
+        assert torch.load(kept, weights_only=True)["epoch"] == made and epochs == [0] * made
+    frame = run_trial(taught, data_dir=folder, checkpoint=tmp_path / "t.checkpoint")
+    assert without_seconds(frame).equals(without_seconds(apart)) and not kept.exists()
+
+
 def test_a_teacher_is_trained_once_and_labels_what_the_student_sees(folder, tmp_path):
     taught = over_training("smoke")[3]
     apart = run_trial(taught, data_dir=folder)

@@ -288,7 +288,7 @@ def bench(as_json, quick):
     from labelaug import paths
 
     rows = {}
-    for name in ("minimisers", "toy", "linear"):
+    for name in ("minimisers", "toy", "linear", "deep"):
         spec = importlib.util.spec_from_file_location(name, paths.PROJECT / "benchmarks" / f"{name}.py")
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)

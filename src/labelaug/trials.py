@@ -190,24 +190,9 @@ def run_trial(
         before = state["seconds"] if state else 0.0
         done = state["epoch"] if state else -1
         epochs = iter([epoch for epoch in trial.setting.records if epoch > done])
-        saved = time.perf_counter()
 
         def measure(model: nn.Module) -> dict:
             return _measure(model, data, trial, next(epochs), teacher)
-
-        def after_epoch(epoch: int, make_state: Callable[[], dict]) -> None:
-            nonlocal saved
-            try:
-                progress(epoch)
-                stop = None
-            except Stopped as stopped:
-                stop = stopped
-            now = time.perf_counter()
-            if checkpoint is not None and (stop or now - saved >= checkpoint_seconds):
-                _save(checkpoint, {**make_state(), "trial": trial.key, "seconds": before + now - began})
-                saved = now
-            if stop:
-                raise stop
 
         frame = train(
             model,
@@ -218,7 +203,7 @@ def run_trial(
             teacher=teacher,
             compiled=device == "cuda",
             resume=state,
-            after_epoch=after_epoch,
+            after_epoch=_keeper(checkpoint, trial.key, checkpoint_seconds, progress, began - before),
         )
     frame = frame.assign(key=trial.key)
     last = frame.iloc[[-1]]
@@ -415,15 +400,7 @@ def _teacher(trial, data_dir, device, checkpoint, checkpoint_seconds, progress) 
 def _train_teacher(teacher: Trial, model, data: Prepared, checkpoint, checkpoint_seconds, progress) -> None:
     """Train the teacher without measuring it; the state is kept beside the student's."""
     state_file = None if checkpoint is None else checkpoint.with_name(f"{teacher.key}.teacher-checkpoint")
-    state, saved = _load(state_file, teacher.key), time.perf_counter()
-
-    def after_epoch(epoch: int, make_state: Callable[[], dict]) -> None:
-        nonlocal saved
-        if state_file is not None and time.perf_counter() - saved >= checkpoint_seconds:
-            _save(state_file, {**make_state(), "trial": teacher.key})
-            saved = time.perf_counter()
-        progress(0)
-
+    state = _load(state_file, teacher.key)
     train(
         model,
         *data.parts["train"],
@@ -432,10 +409,36 @@ def _train_teacher(teacher: Trial, model, data: Prepared, checkpoint, checkpoint
         measure=lambda model: {},
         compiled=data.mean.device.type == "cuda",
         resume=state,
-        after_epoch=after_epoch,
+        after_epoch=_keeper(
+            state_file, teacher.key, checkpoint_seconds, lambda epoch: progress(0), time.perf_counter()
+        ),
     )
     if state_file is not None:
         state_file.unlink(missing_ok=True)
+
+
+def _keeper(path: Path | None, key: str, every: float, progress: Callable[[int], None], began: float):
+    """What ``train`` calls after an epoch: it tells ``progress`` and saves the state, at least ``every`` seconds apart.
+
+    Stopped, from ``progress``, leaves after the state is saved. ``began``: when the training did, less earlier pieces.
+    """
+    saved = time.perf_counter()
+
+    def after_epoch(epoch: int, make_state: Callable[[], dict]) -> None:
+        nonlocal saved
+        stop = None
+        try:
+            progress(epoch)
+        except Stopped as stopped:
+            stop = stopped
+        now = time.perf_counter()
+        if path is not None and (stop or now - saved >= every):
+            _save(path, {**make_state(), "trial": key, "seconds": now - began})
+            saved = now
+        if stop:
+            raise stop
+
+    return after_epoch
 
 
 def _load(path: Path | None, key: str) -> dict | None:
