@@ -1,9 +1,12 @@
 # One command each; all but help and clean first bring .venv up to date. Works with GNU make 3.81 and later.
 .DEFAULT_GOAL := help
-.PHONY: help book test lab bench setup clean
+.PHONY: help book test lab bench train setup clean
 
 PYTHON ?= python3
 PROFILE ?= default
+STUDY ?= over-training
+SCALE ?= cpu
+WORKERS ?= 2
 RUN := .venv/bin/python
 
 help:  ## show this
@@ -18,7 +21,10 @@ test: setup  ## run all tests
 lab: setup  ## open the notebooks in JupyterLab
 	@$(RUN) -m jupyterlab notebooks
 
-bench: setup  ## time the trainer on this machine
+train: setup  ## train what is missing of a study (STUDY=over-training SCALE=smoke, cpu, gpu or paper WORKERS=2)
+	@$(RUN) -m labelaug.cli train $(STUDY) --scale $(SCALE) --workers $(WORKERS)
+
+bench: setup  ## time trainers and minimisers on this machine
 	@$(RUN) -m labelaug.cli bench
 
 # The stamp holds a checksum of what was installed, and where, since a moved environment does not work. It is written
