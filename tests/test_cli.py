@@ -163,12 +163,12 @@ def test_book_runs_assembles_and_builds(command, project, monkeypatch):
 
 def test_bench_calls_the_benchmarks(command, project):
     (project.root / "benchmarks").mkdir()
-    for name in ("linear", "minimisers", "toy"):
+    for name in ("deep", "linear", "minimisers", "toy"):
         script = f"def main(quick):\n    print({name!r}, quick)\ndef measure(quick):\n    yield {{'quick': quick}}\n"
         (project.root / "benchmarks" / f"{name}.py").write_text(script)
-    assert command("bench", "--quick").stdout == "minimisers True\ntoy True\nlinear True\n"
+    assert command("bench", "--quick").stdout == "minimisers True\ntoy True\nlinear True\ndeep True\n"
     found = json.loads(command("bench", "--json").stdout)
-    assert found == {name: [{"quick": False}] for name in ("minimisers", "toy", "linear")}
+    assert found == {name: [{"quick": False}] for name in ("minimisers", "toy", "linear", "deep")}
 
 
 def test_data_verifies_what_is_there(command, project, monkeypatch):

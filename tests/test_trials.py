@@ -1,6 +1,7 @@
 """A trial's data, its name, its measurements, and what stopping and going on leave unchanged."""
 
 import math
+import time
 from dataclasses import replace
 
 import numpy as np
@@ -229,13 +230,13 @@ def test_a_record_is_what_plain_torch_computes(folder, undisturbed):
 
 
 def test_calibration_error_counts():
-    """Three examples of confidence 0.8, two right; one of 0.6, wrong: (3·|2/3 - 0.8| + 1·|0 - 0.6|)/4."""
+    """Three examples of confidence 0.8, all right; one of 0.6, wrong: (3·|1 - 0.8| + 1·|0 - 0.6|)/4."""
     probability = torch.tensor([[0.8, 0.2], [0.8, 0.2], [0.2, 0.8], [0.6, 0.4]], dtype=torch.float64)
-    labels = torch.tensor([0, 0, 0, 1])
-    assert calibration_error(probability.log(), labels).item() == pytest.approx((3 * (0.8 - 2 / 3) + 0.6) / 4)
+    labels = torch.tensor([0, 0, 1, 1])
+    assert calibration_error(probability.log(), labels).item() == pytest.approx((3 * 0.2 + 0.6) / 4)
     assert calibration_error(torch.tensor([[50.0, 0.0]]), torch.tensor([0])).item() == pytest.approx(0, abs=1e-12)
-    # One bin for all: the gap between mean accuracy and mean confidence, which the four bins above exceed.
-    assert calibration_error(probability.log(), labels, bins=1).item() == pytest.approx(abs(0.5 - 0.75))
+    # One bin for all: mean accuracy and mean confidence agree, and the two errors cancel.
+    assert calibration_error(probability.log(), labels, bins=1).item() == pytest.approx(0, abs=1e-12)
 
 
 def test_activations_are_what_enters_the_last_layer():
@@ -280,11 +281,14 @@ def test_a_stopped_trial_goes_on_with_the_same_bits(folder, tmp_path, undisturbe
     with pytest.raises(Stopped):
         run_trial(MIXUP, data_dir=folder, checkpoint=checkpoint, progress=stop)
     assert torch.load(checkpoint, weights_only=True)["epoch"] == stop_at
+    began = time.perf_counter()
     frame = run_trial(MIXUP, data_dir=folder, checkpoint=checkpoint, progress=epochs.append)
+    second = time.perf_counter() - began
     assert epochs == list(range(stop_at + 1, 7))
     assert without_seconds(frame).equals(without_seconds(undisturbed))
+    first = torch.load(checkpoint, weights_only=True)["seconds"]
     seconds = frame.loc[frame["metric"] == "seconds", "value"].item()
-    assert seconds > torch.load(checkpoint, weights_only=True)["seconds"] > 0  # all pieces count
+    assert second < seconds <= first + second  # all pieces count
 
 
 def test_checkpoints_are_written_as_often_as_asked(folder, tmp_path):
