@@ -108,16 +108,17 @@ def _row(name, width, side, batch, steps, *, device, augmentation, repetitions, 
         return model.to(device=device, memory_format=torch.channels_last)
 
     ways = {
-        "trainer": lambda: ours(network(), x, labels, setting, compiled=compiled),
-        "plain_loop": lambda: plain_loop(network(), x, labels, setting, 1),
-        "alone": lambda: alone(torch.compile(network()) if compiled else network(), x, labels, setting, steps),
+        "trainer": lambda model: ours(model, x, labels, setting, compiled=compiled),
+        "plain_loop": lambda model: plain_loop(model, x, labels, setting, 1),
+        "alone": lambda model: alone(torch.compile(model) if compiled else model, x, labels, setting, steps),
     }
     speeds: dict[str, list[float]] = {way: [] for way in ways}
     with one_core(device):
         for repetition in range(repetitions + 1):
             for way, call in ways.items():
+                model = network()
                 began = time.perf_counter()
-                call()
+                call(model)
                 if repetition:  # the first one warms up
                     speeds[way].append(n / (time.perf_counter() - began))
     found = {way: median(found) for way, found in speeds.items()}
