@@ -7,6 +7,7 @@ set that is a failure, and so is any other skip of such a test.
 import json
 import os
 import shutil
+import time
 from pathlib import Path
 
 import matplotlib
@@ -47,6 +48,15 @@ def pytest_runtest_makereport(item, call):
         reason = report.longrepr[2].removeprefix("Skipped: ")
         report.longrepr = f"a test marked {' and '.join(marks)} must not be skipped in CI: {reason}"
     return report
+
+
+def wait_for(condition, what: str):
+    """What ``condition()`` gives as soon as it is true, within a minute; for tests of several processes."""
+    until = time.monotonic() + 60
+    while not (found := condition()):
+        assert time.monotonic() < until, f"waited a minute for {what}"
+        time.sleep(0.01)
+    return found
 
 
 @pytest.fixture

@@ -529,11 +529,10 @@ def test_bfloat16_is_float32_but_for_its_rounding():
     assert np.array_equal(running(other, "running_floor"), running(frame, "running_floor"))
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here")
 @pytest.mark.parametrize("compiled", [False, True])
 def test_a_gpu_gives_the_curve_of_a_cpu(compiled):
     """Same draws, other kernels: float32 without TF32 agrees to 1e-4, with images, crops, Mixup and a smaller batch."""
-    if not torch.cuda.is_available():
-        pytest.skip("needs a GPU")
     x, labels = images()
     setting, found = replace(PICTURES["all at once"], record_epochs=(0, 3)), []
     for device in ("cpu", "cuda"):

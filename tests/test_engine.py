@@ -17,6 +17,7 @@ import psutil
 import pytest
 import torch
 from click.testing import CliRunner
+from conftest import wait_for
 from packaging.requirements import Requirement
 from pandas.testing import assert_frame_equal
 
@@ -164,14 +165,6 @@ def epoch_of(trial, runs: Path) -> int:
     state, seconds = status(trial, runs)
     assert state.startswith("checkpoint at epoch ") and seconds is None
     return int(state.split()[-1])
-
-
-def wait_for(condition, what: str):
-    until = time.monotonic() + 60
-    while not (found := condition()):
-        assert time.monotonic() < until, f"waited a minute for {what}"
-        time.sleep(0.01)
-    return found
 
 
 # Results
@@ -497,7 +490,7 @@ def test_a_gpu_is_named(monkeypatch):
 def command(tmp_path, monkeypatch):
     """Calls the command line in a project without results; ``train`` stops short of training."""
     monkeypatch.setattr(paths, "PROJECT", tmp_path / "project")
-    monkeypatch.setattr(engine, "run_study", lambda *names, **options: None)
+    monkeypatch.setattr(engine, "run_trials", lambda trials, **options: None)
     return lambda *arguments: CliRunner().invoke(main, arguments, prog_name="labelaug")
 
 

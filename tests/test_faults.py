@@ -9,24 +9,16 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import psutil
 import pytest
+from conftest import wait_for
 
 from labelaug import notebooks, paths
 from labelaug.notebooks import NotebookError, run_sections
 
 pytest_plugins = ["pytester"]
-
-
-def wait_for(condition, what: str):
-    until = time.monotonic() + 60
-    while not (found := condition()):
-        assert time.monotonic() < until, f"waited a minute for {what}"
-        time.sleep(0.02)
-    return found
 
 
 # Killed

@@ -195,7 +195,7 @@ def test_architecture_and_device_are_refused_too(folder):
         replace(BASE, teacher=BASE)
     with pytest.raises(ValueError, match="must be among"):
         replace(BASE, gradient_epochs=(1,))
-    for wrong in ({"fraction": 0.0}, {"random_labels": 1.5}, {"validation": -1}):
+    for wrong in ({"fraction": 0.0}, {"random_labels": 1.5}, {"validation": -1}, {"side": 0}):
         with pytest.raises(ValueError, match=r"must (lie|be)"):
             replace(DIGITS, **wrong)
     with pytest.raises(ValueError, match="architecture must be one of"):

@@ -220,9 +220,8 @@ def train(study, scale, workers, scheduler, device, minutes, runs, only_list):
     else:  # each worker's own, unless it is named here
         data_dir = Path(os.environ["LABELAUG_DATA"]) if os.environ.get("LABELAUG_DATA") else None
     try:
-        engine.run_study(
-            study,
-            scale,
+        engine.run_trials(
+            trials,
             runs=runs,
             data_dir=data_dir,
             device=device or ("cuda" if torch.cuda.is_available() else "cpu"),

@@ -38,32 +38,6 @@ class TrainingError(RuntimeError):
     """Trials failed, or a cluster cannot be used; one sentence."""
 
 
-def run_study(
-    study: str,
-    scale: str,
-    *,
-    runs: Path,
-    data_dir: Path | None,
-    device: str,
-    workers: int = 1,
-    scheduler: str | None = None,
-    minutes: float | None = None,
-) -> list[str]:
-    """Run the trials of a study that have no result in ``runs`` yet, in the study's order.
-
-    Args: data_dir: folder of the image sets (None on a cluster: each worker's own); scheduler: address of a dask
-        scheduler, used in place of ``workers`` processes here; minutes: after which no trial is begun, and running
-        ones stop at the end of their epoch, with a checkpoint.
-    Returns: keys of the trials whose results were written by this call.
-    Raises: ValueError for a scale that the study does not have; TrialRefused before anything is trained;
-        TrainingError when all is done that can be and a trial failed, or if the cluster cannot be used.
-    """
-    trials = STUDIES[study](scale)
-    return run_trials(
-        trials, runs=runs, data_dir=data_dir, device=device, workers=workers, scheduler=scheduler, minutes=minutes
-    )
-
-
 def run_trials(
     trials: Sequence[Trial],
     *,
@@ -75,7 +49,16 @@ def run_trials(
     minutes: float | None = None,
     run: Callable[..., pd.DataFrame] = run_trial,
 ) -> list[str]:
-    """As :func:`run_study`, for any list of trials; ``run`` is what trains one, with the arguments of ``run_trial``."""
+    """Run the trials that have no result in ``runs`` yet, in their order.
+
+    Args: data_dir: folder of the image sets (None on a cluster: each worker's own); scheduler: address of a dask
+        scheduler, used in place of ``workers`` processes here; minutes: after which no trial is begun, and running
+        ones stop at the end of their epoch, with a checkpoint; run: what trains one, with the arguments of
+        ``run_trial``.
+    Returns: keys of the trials whose results were written by this call.
+    Raises: TrialRefused before anything is trained; TrainingError when all is done that can be and a trial failed, or
+        if the cluster cannot be used.
+    """
     runs = Path(runs).resolve()
     runs.mkdir(parents=True, exist_ok=True)
     trials = list({trial.key: trial for trial in trials}.values())

@@ -67,6 +67,8 @@ class Images:
             raise ValueError(f"fraction must lie in (0, 1], random_labels in [0, 1], got {self}")
         if min(self.validation, self.test, self.seed) < 0 or self.planted < 0:
             raise ValueError(f"validation, test, planted and seed must be at least 0, got {self}")
+        if self.side is not None and self.side < 1:
+            raise ValueError(f"side must be at least 1, got {self.side}")
 
 
 @dataclass(frozen=True)
@@ -287,7 +289,7 @@ def _averaged(x: np.ndarray, side: int | None) -> Tensor:
     if side is None:
         return images
     block = images.shape[2] // side
-    if images.shape[2] != images.shape[3] or side < 1 or block * side != images.shape[2]:
+    if images.shape[2] != images.shape[3] or block * side != images.shape[2]:
         raise ValueError(f"images of {images.shape[2]}×{images.shape[3]} pixels cannot be averaged to side {side}")
     return F.avg_pool2d(images.float(), block).round().to(torch.uint8)
 
