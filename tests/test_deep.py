@@ -500,7 +500,8 @@ def compilations(monkeypatch):
 
 
 def test_compiled_is_the_same_trial_compiled_once(compilations):
-    """One graph for two seeds and two methods, whose models differ; another for another size of minibatch.
+    """One graph for two seeds and two methods, whose models differ; another for another size of minibatch, but none
+    for the smaller last one.
 
     The counting backend runs torch's own kernels, so that the bits are those of the uncompiled trial; an inductor's
     kernels would differ by rounding, which the test on a GPU bounds.
@@ -513,7 +514,7 @@ def test_compiled_is_the_same_trial_compiled_once(compilations):
             pd.testing.assert_frame_equal(frame, plain, check_exact=True)
     assert len(compilations) == 1
     final(replace(BASE, epochs=1), compiled=True)
-    assert len(compilations) == 3  # minibatches of 8 and of 4
+    assert len(compilations) == 2  # for minibatches of 8; the last one, of 4, is not compiled
 
 
 def test_bfloat16_is_float32_but_for_its_rounding():
@@ -529,7 +530,17 @@ def test_bfloat16_is_float32_but_for_its_rounding():
     assert np.array_equal(running(other, "running_floor"), running(frame, "running_floor"))
 
 
+def test_draws_are_moved_whole():
+    """As they were, whatever their shapes and types, and on the device ("meta" stands for one)."""
+    draws = [(torch.tensor(n / 7, dtype=F64), torch.arange(n), torch.arange(2.0 * n).reshape(n, 2)) for n in (4, 4, 3)]
+    for before, after in zip(draws, deep._moved(draws, torch.device("cpu")), strict=True):
+        assert_close(after, before, rtol=0, atol=0)
+    assert {part.device.type for one in deep._moved(draws, torch.device("meta")) for part in one} == {"meta"}
+    assert deep._moved([(), ()], torch.device("meta")) == [(), ()]
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here")
+@pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores")  # inductor's advice against float32
 @pytest.mark.parametrize("compiled", [False, True])
 def test_a_gpu_gives_the_curve_of_a_cpu(compiled):
     """Same draws, other kernels: float32 without TF32 agrees to 1e-4, with images, crops, Mixup and a smaller batch."""
@@ -541,10 +552,8 @@ def test_a_gpu_gives_the_curve_of_a_cpu(compiled):
         def measure(model, there=there):
             return {"test": {"logit": model(there.float())[0, 0]}}
 
-        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-            on_gpu = compiled and device == "cuda"
-            arguments = {"setting": setting, "seed": 1, "measure": measure, "compiled": on_gpu}
-            frame = train(model, there, labels.to(device), **arguments)
+        on_gpu = compiled and device == "cuda"
+        frame = train(model, there, labels.to(device), setting=setting, seed=1, measure=measure, compiled=on_gpu)
         found.append((frame, weights_of(model).cpu()))
     (one, ours), (other, theirs) = found
     pd.testing.assert_frame_equal(one, other, rtol=1e-4, atol=1e-5)
@@ -631,10 +640,16 @@ def test_a_loss_that_is_not_finite_ends_a_run():
 
 
 def test_a_value_that_is_not_finite_is_never_a_row():
-    _, frame = final(replace(BASE, record_epochs=(2, 3)), measure=lambda model: {"train": {"loss": math.nan}})
-    rows = frame[["step", "epoch", "metric"]].to_numpy().tolist()
-    assert rows == [[3, 1, "running_loss"], [3, 1, "running_floor"], [3, 1, "diverged"]]
-    assert frame["value"].iloc[-1] == 1.0
+    """It is told of and left out; the training, whose loss and parameters are finite, goes on as if not measured."""
+    setting = replace(BASE, record_epochs=(2, 3))
+    measured = {"train": {"ratio": math.nan, "loss": 1.5}, "test": {"ratio": math.inf}}
+    with pytest.warns(UserWarning, match=r"epoch [23]: ratio on (train is nan|test is inf) and has no row") as told:
+        weights, frame = final(setting, measure=lambda model: measured)
+    assert len(told) == 4
+    expected, plain = final(setting, measure=lambda model: {"train": {"loss": 1.5}})
+    assert torch.equal(weights, expected)
+    pd.testing.assert_frame_equal(frame, plain, check_exact=True)
+    assert (frame["metric"] == "loss").sum() == 2 and frame["value"].iloc[-1] == 0.0
 
 
 def test_the_network_learns_what_a_linear_one_cannot():

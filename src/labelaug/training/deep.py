@@ -11,6 +11,7 @@ On a CPU a trial keeps to one core, so that its numbers do not depend on how man
 a GPU, as processes.
 """
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -149,22 +150,23 @@ def train(
     """Train ``model`` in place: minimise E[loss(f(x), q)] + (λ/2)‖θ‖² over minibatches, q the setting's targets.
 
     After every epoch the means over it of the training loss and of its floor, the entropy of the targets, are rows
-    ("train", "running_loss" and "running_floor"; nats; no floor for squared error). A run whose loss, parameters or
-    measured values stop being finite ends with the last epoch that was whole. Its last row, as that of every run, is
-    the metric "diverged" of the split "train": 1 for such a run, else 0.
+    ("train", "running_loss" and "running_floor"; nats; no floor for squared error). A run whose loss or parameters stop
+    being finite ends with the last epoch that was whole. Its last row, as that of every run, is the metric "diverged"
+    of the split "train": 1 for such a run, else 0. A measured value that is not finite has no row, and is warned of.
 
     Args: model: ``[B, ...] -> [B, K]`` outputs; x: ``[n, ...]``, its dtype that of the model, or uint8 images
         ``[n, C, H, W]``, which the model gets as float32 in 0..255; labels: int64 ``[n]`` in 0..K-1; both on the
         model's device; seed: at least 0, of the streams of order, partner, λ and augmentation (the model brings its own
         start, see :func:`init_generator`); measure: from the model to ``{split: {metric: value}}``; teacher: from
-        inputs as the model gets them to probabilities ``[B, K]``, for labels="teacher"; compiled: through
-        torch.compile, with CUDA graphs on a GPU; resume: a state that ``after_epoch`` was offered; after_epoch: gets
-        the number of whole epochs and a function that returns the state, plain tensors and numbers.
+        inputs as the model gets them to probabilities ``[B, K]``, for labels="teacher"; compiled: full minibatches go
+        through torch.compile, with CUDA graphs on a GPU (torch's TORCH_COMPILE_DISABLE=1 switches it off); resume: a
+        state that ``after_epoch`` was offered; after_epoch: gets the number of whole epochs and a function that
+        returns the state, plain tensors and numbers.
     Returns: rows ``key, seed, step, epoch, split, metric, value``, step and epoch counting those made.
     Raises: ValueError if shapes, labels, the seed or the smoothing do not fit, or a teacher is missing or idle.
     """
     _check(x, labels, setting, seed, teacher)
-    with one_core(x.device):
+    with one_core(x.device), _exact_convolutions(x.device):
         rows = _Run(model, x, labels, setting, seed, measure, teacher, compiled).rows(resume, after_epoch)
     frame = pd.DataFrame(rows, columns=COLUMNS[2:])
     return frame.assign(key=setting.key, seed=seed)[COLUMNS]
@@ -208,10 +210,12 @@ class _Run:
             group["lr"] = setting.learning_rate_at(self.epoch)
         sums, steps = torch.zeros(2, device=self.device), 0
         for x, labels, draw in self.minibatches(method):
-            if self.captured:
+            whole = len(x) == setting.batch_size  # a smaller last minibatch is not worth a graph of its own
+            if self.captured and whole:
                 torch.compiler.cudagraph_mark_step_begin()
+            forward = self.forward if whole else self.model
             targets = smooth_targets(labels, self.num_classes, smoothing=setting.smoothing, dtype=x.dtype)
-            loss, floor = minibatch_loss(self.forward, self.teacher, x, targets, draw, method=method, setting=setting)
+            loss, floor = minibatch_loss(forward, self.teacher, x, targets, draw, method=method, setting=setting)
             self.optimiser.zero_grad()
             loss.backward()
             self.optimiser.step()
@@ -234,11 +238,11 @@ class _Run:
         }
         parts = torch.from_numpy(rng[ORDER].permutation(self.n)).to(self.device).split(self.setting.batch_size)
         draws = [method.draw(len(part), lam_rng=rng[LAM], partner_rng=rng[PARTNER]) for part in parts]
+        draws = _moved(draws, self.device)
         moves = [None] * len(parts)
         if self.setting.augmentation == "crop-flip":
             moves = draw_moves(self.n, rng=rng[AUGMENTATION]).to(self.device).split(self.setting.batch_size)
         for chosen, draw, move in zip(parts, draws, moves, strict=True):
-            draw = tuple(part.to(self.device, non_blocking=True) for part in draw)
             yield gather(self.x, chosen, move), self.labels[chosen], draw
 
     def record(self, running: list[tuple]) -> bool:
@@ -248,9 +252,11 @@ class _Run:
         if not bool(torch.stack([p.detach().isfinite().all() for p in self.model.parameters()]).all()):
             return False
         found = _measured(self.model, self.measure, self.device) if self.epoch in self.setting.records else []
-        if not all(np.isfinite(value) for *_, value in found):
-            return False
-        self.found.extend((self.step, self.epoch, *item) for item in [*running, *found])
+        for split, name, value in [*running, *found]:
+            if np.isfinite(value):
+                self.found.append((self.step, self.epoch, split, name, value))
+            else:
+                warnings.warn(f"epoch {self.epoch}: {name} on {split} is {value} and has no row", stacklevel=2)
         return True
 
     def state(self) -> dict:
@@ -335,6 +341,16 @@ def autocast(precision: str, device: torch.device):
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bfloat16")
 
 
+def _moved(draws: Sequence[Draw], device: torch.device) -> list[Draw]:
+    """The draws of all minibatches on the device, in one copy for each of their members."""
+    members = []
+    for parts in zip(*draws, strict=True):
+        flat = torch.cat([part.reshape(-1) for part in parts]).to(device)
+        pieces = flat.split([part.numel() for part in parts])
+        members.append([piece.reshape(part.shape) for piece, part in zip(pieces, parts, strict=True)])
+    return list(zip(*members, strict=True)) if members else list(draws)
+
+
 @contextmanager
 def one_core(device: torch.device):
     """One thread for work on a CPU, given back afterwards; nothing for other devices."""
@@ -347,6 +363,16 @@ def one_core(device: torch.device):
         yield
     finally:
         torch.set_num_threads(threads)
+
+
+@contextmanager
+def _exact_convolutions(device: torch.device):
+    """On a GPU cuDNN's fastest algorithm for each shape, and float32 that is float32, not TF32."""
+    if device.type != "cuda":
+        yield
+        return
+    with torch.backends.cudnn.flags(enabled=True, benchmark=True, allow_tf32=False):
+        yield
 
 
 def _forward(model: nn.Module, inputs: Tensor) -> Tensor:
