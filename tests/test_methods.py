@@ -1,18 +1,25 @@
-"""What a method draws and what its loss is made of; and that another method needs no change of the trainer."""
+"""What a method draws and what its loss is made of; and that another method needs no change of anything else."""
 
+import pickle
 from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
 import torch
+from click.testing import CliRunner
 from torch import nn
 from torch.testing import assert_close
 
+from labelaug.cli import main
+from labelaug.engine import read_result
 from labelaug.methods import ERM, Erm, Mixup
 from labelaug.mixing import draw_lam, draw_partner, mix
 from labelaug.models import mlp
+from labelaug.results import load_study
+from labelaug.studies import STUDIES, over_training
 from labelaug.training.deep import DeepSetting, init_generator, train
 from labelaug.training.linear import LAM, ORDER, PARTNER
+from labelaug.trials import Images, Network, run_trial
 
 F64 = torch.float64
 
@@ -112,7 +119,22 @@ def test_a_bad_mixup_is_named(fields, message):
         Mixup(**fields)
 
 
-# Two methods that the package does not have, as a reader would add them.
+def test_a_method_says_what_it_is():
+    """Two methods that differ have two names; the usual Mixup is just that."""
+    names = {
+        "erm": ERM,
+        "mixup": Mixup(1.0),
+        "mixup α=0.2": Mixup(0.2),
+        "mixup λ=0.5": Mixup(lam=0.5),
+        "mixed labels": Mixup(1, inputs=False),
+        "mixed labels α=0.2": Mixup(0.2, inputs=False),
+        "mixup an example": Mixup(1.0, per="example"),
+        "CutMix(alpha=1.0, size=(3, 4))": CutMix(1.0, (3, 4)),
+    }
+    assert {str(method): method for method in names.values()} == names
+
+
+# Three methods that the package does not have, as a reader would add them.
 
 
 @dataclass(frozen=True)
@@ -154,6 +176,25 @@ class RegMixup:
         ]
 
 
+@dataclass(frozen=True)
+class ManifoldMixup:
+    """Mixes what enters the last dense layer, and the targets alike. Source: Verma et al. (2019)."""
+
+    alpha: float = 2.0
+
+    def draw(self, n, *, lam_rng, partner_rng):
+        return draw_lam(n, self.alpha, per="batch", rng=lam_rng), draw_partner(n, rng=partner_rng)
+
+    def terms(self, model, label, x, targets, draw):
+        last = [layer for layer in model.modules() if isinstance(layer, nn.Linear)][-1]
+        hook = last.register_forward_pre_hook(lambda layer, inputs: (mix(inputs[0], *draw),))
+        try:
+            outputs = model(x)
+        finally:
+            hook.remove()
+        return [(outputs, label(x, mix(targets, *draw)), 1.0)]
+
+
 def cutmix_by_hand(method, model, x, targets, lam, partner):
     """Pixel by pixel: loss and floor of one minibatch."""
     height, width = method.size
@@ -179,6 +220,14 @@ def regmixup_by_hand(method, model, x, targets, lam, partner):
     return clean + method.eta * mixed, method.eta * torch.special.entr(wanted).sum() / len(x)
 
 
+def manifold_by_hand(method, model, x, targets, lam, partner):
+    """Behind the layer that is mixed stands an affine one, so that its outputs may be mixed in its place."""
+    weight, pick, outputs = lam.beta(method.alpha, method.alpha), partner.permutation(len(x)), model(x)
+    wanted = weight * targets + (1 - weight) * targets[pick]
+    loss = nn.functional.cross_entropy(weight * outputs + (1 - weight) * outputs[pick], wanted)
+    return loss, torch.special.entr(wanted).sum() / len(x)
+
+
 def images(n=11):
     generator = torch.Generator().manual_seed(5)
     return torch.randn(n, 1, 3, 4, generator=generator, dtype=F64), torch.arange(n) % 3
@@ -197,8 +246,12 @@ def trained(method):
 
 @pytest.mark.parametrize(
     ("method", "by_hand"),
-    [(CutMix(1.0, (3, 4)), cutmix_by_hand), (RegMixup(0.7, eta=0.5), regmixup_by_hand)],
-    ids=["cutmix", "regmixup"],
+    [
+        (CutMix(1.0, (3, 4)), cutmix_by_hand),
+        (RegMixup(0.7, eta=0.5), regmixup_by_hand),
+        (ManifoldMixup(0.7), manifold_by_hand),
+    ],
+    ids=["cutmix", "regmixup", "manifold"],
 )
 def test_another_method_is_one_more_class(method, by_hand):
     """The trainer as it stands runs methods it has never seen: weights, running loss and floor are a reader's own."""
@@ -241,3 +294,50 @@ def test_weights_of_terms_multiply_their_loss():
     plain, mixed, both = step(ERM), step(Mixup(0.7)), step(RegMixup(0.7, eta=2.5))
     assert_close(both, plain + 2.5 * mixed, rtol=0, atol=1e-13)
     assert (both - plain - mixed).abs().max() > 1e-3
+
+
+def study(scale):
+    """A study of methods that the package does not have, on few digits, beside ERM and a switch to it."""
+    base = over_training("smoke")[0]
+    images, network = Images("digits", fraction=0.1, validation=5, test=5), Network("mlp", 8)
+    setting = replace(base.setting, epochs=2, record_epochs=(1, 2), milestones=(1,))
+    base = replace(base, images=images, network=network, setting=setting, gradient_epochs=(2,))
+    trials = [
+        replace(base, setting=replace(setting, method=method))
+        for method in (CutMix(1.0, (8, 8)), RegMixup(0.7, eta=0.5), ManifoldMixup(), ManifoldMixup(0.5), ERM)
+    ]
+    return [*trials, replace(trials[0], setting=replace(trials[0].setting, switch_epoch=1))]
+
+
+def test_a_trial_of_any_method_is_listed_trained_stored_and_read(tmp_path, monkeypatch):
+    """From the command line through a worker process to the study's table; the rows are those of a call by hand."""
+    monkeypatch.setitem(STUDIES, "methods", study)
+    monkeypatch.setenv("LABELAUG_DATA", str(tmp_path))
+    trials, runs = study("smoke"), tmp_path / "runs"
+
+    def command(*arguments):
+        done = CliRunner().invoke(main, ["train", "methods", "--device", "cpu", "--runs", str(runs), *arguments])
+        assert done.exit_code == 0, (done.output, done.exception)
+        return done
+
+    assert all("  to do " in line for line in command("--list").stdout.splitlines())
+    said = command().stderr
+    listed = command("--list").stdout.splitlines()
+    for trial, line in zip(trials, listed, strict=True):
+        assert line.startswith(f"{trial.key}  done ") and line.endswith(trial.label) and trial.label in said
+        alone = run_trial(trial, data_dir=tmp_path)
+        rows, provenance = read_result(trial, runs)
+        assert rows.equals(alone[alone["metric"] != "seconds"].reset_index(drop=True))
+        assert provenance["description"]["setting"]["method"]["type"] == type(trial.setting.method).__name__
+    assert listed[0].endswith("digits 0.1 mlp-8 CutMix(alpha=1.0, size=(8, 8)) seed 0")
+    assert len({trial.label for trial in trials}) == len({trial.key for trial in trials}) == 6
+    found = load_study("methods", "smoke", folder=runs).trials.set_index("key")
+    for trial in trials:
+        row, method = found.loc[trial.key], trial.setting.method
+        assert row["setting.method.type"] == type(method).__name__
+        assert row["setting.method.alpha"] == method.alpha if method != ERM else np.isnan(row["setting.method.alpha"])
+    assert found.loc[trials[0].key, "setting.method.size"] == "[8, 8]"
+    # A copy that went through a pipe has the name and the words of its original.
+    for trial in trials:
+        copy = pickle.loads(pickle.dumps(trial))
+        assert (copy, copy.key, copy.label) == (trial, trial.key, trial.label)

@@ -5,6 +5,10 @@ A method is a frozen dataclass with two functions. ``draw`` takes random numbers
 functions, and nothing in the trainer changes: CutMix draws a box beside λ; RegMixup returns two terms, the second with
 its weight η; a method that mixes hidden layers, or adds noise to them, does so in hooks around its call of ``model``
 (and is trained uncompiled: a compiled model hides its layers).
+
+Results are filed under the class's name and fields: let each method have a name of its own, at the top level of a
+module that workers can import. In lists it appears as ``str`` has it, which is the dataclass's own form unless the
+class says something shorter.
 """
 
 from collections.abc import Callable
@@ -23,6 +27,9 @@ Term = tuple[Tensor, Tensor, float]  # outputs [n, K], targets [n, K], weight in
 @dataclass(frozen=True)
 class Erm:
     """The minibatch as it is. The model is called once: ``terms`` has the one pair (outputs, targets) of weight 1."""
+
+    def __str__(self) -> str:
+        return "erm"
 
     def draw(self, n: int, *, lam_rng: np.random.Generator, partner_rng: np.random.Generator) -> Draw:
         """Nothing is drawn."""
@@ -56,6 +63,12 @@ class Mixup:
             raise ValueError(f"lam must lie in [0, 1], got {self.lam}")
         if self.per not in PER:
             raise ValueError(f"per must be one of {PER}, got {self.per!r}")
+
+    def __str__(self) -> str:
+        """What differs from one λ ~ Beta(1, 1) a batch is said: "mixup", "mixed labels α=0.2", "mixup λ=0.5"."""
+        mixed = "mixup" if self.inputs else "mixed labels"
+        strength = f" λ={self.lam:g}" if self.alpha is None else f" α={self.alpha:g}" if self.alpha != 1 else ""
+        return mixed + strength + (" an example" if self.per == "example" else "")
 
     def draw(self, n: int, *, lam_rng: np.random.Generator, partner_rng: np.random.Generator) -> Draw:
         """λ float64 ``[]`` or ``[n]``, and the partner, int64 ``[n]``."""

@@ -21,7 +21,6 @@ from labelaug.data.plant import plant_entry
 from labelaug.keys import description_key
 from labelaug.measure import calibration_error, class_error, outputs_and_activations, relative_variance
 from labelaug.measure import within_class_variance as variance
-from labelaug.methods import ERM, Mixup
 from labelaug.targets import one_hot_targets
 from labelaug.training.deep import LOSSES, DeepSetting, autocast, gather, init_generator, one_core, train
 from labelaug.training.gradients import gradient_norms
@@ -116,14 +115,11 @@ class Trial:
     @property
     def label(self) -> str:
         """A few words for a line of progress."""
-        method = "erm" if self.setting.method == ERM else "mixup" if self.setting.method.inputs else "mixed labels"
-        if isinstance(self.setting.method, Mixup) and self.setting.method.alpha not in (None, 1):
-            method += f" α={self.setting.method.alpha:g}"
         parts = [
             self.images.name,
             f"{self.images.fraction:.3g}",
             f"{self.network.architecture}-{self.network.width}",
-            method,
+            str(self.setting.method),
             *([f"until {self.setting.switch_epoch}"] if self.setting.switch_epoch is not None else []),
             *(["teacher's labels"] if self.teacher else []),
             *([f"{self.images.random_labels:.0%} random"] if self.images.random_labels else []),
