@@ -1,5 +1,7 @@
 """What the studies list: each trial once, what tells most first, the paper's grid as the paper states it."""
 
+from dataclasses import replace
+
 import pytest
 
 from labelaug import paths
@@ -14,6 +16,7 @@ from labelaug.studies import (
     flops,
     over_training,
     panel,
+    planted_entry,
     training_flops,
     training_images,
 )
@@ -60,6 +63,27 @@ def test_every_panel_is_declared_as_the_paper_has_it():
     assert switches == {95, 105, 115, 125, 155}
     elsewhere = [t for row in PANELS if row not in ("P2-F4", "P2-F13") for t in panel(row)]
     assert {t.setting.augmentation for t in elsewhere} == {"none"} and {t.network.width for t in elsewhere} == {64}
+
+
+def test_planted_arms_differ_in_targets_and_mixing_alone():
+    """For each seed three arms on the same two-class images, an entry planted in those of the training part."""
+    trials = planted_entry("gpu")
+    plain = [replace(t, setting=replace(t.setting, method=ERM, smoothing=0.0)) for t in trials]
+    assert len(set(plain)) == 3 and len(set(trials)) == 9 and {t.seed for t in trials} == {0, 1, 2}
+    assert {t.images.planted > 0 and len(t.images.classes) for t in trials} == {2}
+    arms = {(type(t.setting.method).__name__, t.setting.smoothing) for t in trials}
+    assert arms == {("Erm", 0.0), ("Erm", 0.1), ("Mixup", 0.0)}
+    with pytest.raises(ValueError, match="has the scale gpu, got 'cpu'"):
+        planted_entry("cpu")
+
+
+def test_a_gpus_quarter_of_an_hour_comes_first():
+    """At 40,000 images a second the first two trials train for less than seven minutes, and few gradients are taken."""
+    first, second, *_ = trials = over_training("gpu")
+    assert (first.seed, second.seed, second.setting.method) == (0, 0, ERM) and first.images == second.images
+    assert sum(training_images(t) * t.setting.epochs for t in (first, second)) / 40_000 < 7 * 60
+    for trial in trials:
+        assert len(trial.gradient_epochs) <= 7 and set(trial.gradient_epochs) <= set(trial.setting.records)
 
 
 def test_flops_are_those_of_the_formula():

@@ -176,7 +176,7 @@ def claims_command(as_json, profile):
     type=click.Choice(["smoke", "cpu", "gpu", "paper"]),
     default="smoke",
     show_default=True,
-    help="Seconds, for a test; real data on a few cores; half an hour of a GPU; or the paper's own grid.",
+    help="Seconds, for a test; real data on a few cores; a quarter of an hour of a GPU; or the paper's own grid.",
 )
 @click.option("--workers", type=click.IntRange(min=1), default=1, show_default=True, help="Trials at once, here.")
 @click.option("--scheduler", metavar="ADDRESS", help="Run on this dask cluster in place of here.")
@@ -284,10 +284,12 @@ def bench(as_json, quick):
     import importlib.util
     import json
 
+    import torch
+
     from labelaug import paths
 
     rows = {}
-    for name in ("minimisers", "toy", "linear", "deep"):
+    for name in ("minimisers", "toy", "linear", "deep", *(["gpu"] if torch.cuda.is_available() else [])):
         spec = importlib.util.spec_from_file_location(name, paths.PROJECT / "benchmarks" / f"{name}.py")
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)

@@ -28,6 +28,7 @@ from labelaug.training.gradients import gradient_norms
 ARCHITECTURES = ("resnet18", "resnet34", "resnet50", "resnet101", "vgg16", "mlp")
 SUBSET, RANDOM_LABELS = 7, 8  # purposes of the streams of a trial's data, beside those of training
 EVALUATION_BATCH = 500
+COMPILED_STEPS = 5_000  # half a minute to a minute of compiling, at ten milliseconds gained a step or a little less
 
 
 class TrialRefused(ValueError):
@@ -120,9 +121,11 @@ class Trial:
             f"{self.images.fraction:.3g}",
             f"{self.network.architecture}-{self.network.width}",
             str(self.setting.method),
+            *([f"smoothing {self.setting.smoothing:g}"] if self.setting.smoothing else []),
             *([f"until {self.setting.switch_epoch}"] if self.setting.switch_epoch is not None else []),
             *(["teacher's labels"] if self.teacher else []),
             *([f"{self.images.random_labels:.0%} random"] if self.images.random_labels else []),
+            *([f"planted {self.images.planted:g}"] if self.images.planted else []),
             f"seed {self.seed}",
         ]
         return " ".join(parts)
@@ -199,7 +202,7 @@ def run_trial(
             seed=trial.seed,
             measure=measure,
             teacher=teacher,
-            compiled=device == "cuda",
+            compiled=_pays(trial.setting, len(data.parts["train"][0]), device),
             resume=state,
             after_epoch=_keeper(checkpoint, trial.key, checkpoint_seconds, progress, began - before),
         )
@@ -290,7 +293,12 @@ def _averaged(x: np.ndarray, side: int | None) -> Tensor:
     return F.avg_pool2d(images.float(), block).round().to(torch.uint8)
 
 
-class _Standardised(nn.Module):
+def _pays(setting: DeepSetting, n: int, device: str) -> bool:
+    """Whether compiling is worth its time: on a GPU, for a training of COMPILED_STEPS full minibatches or more."""
+    return device == "cuda" and n // setting.batch_size * setting.epochs >= COMPILED_STEPS
+
+
+class Standardised(nn.Module):
     """(x - mean)/std per channel, then the network."""
 
     def __init__(self, network: nn.Module, mean: Tensor, std: Tensor):
@@ -318,7 +326,7 @@ def _build(trial: Trial, data: Prepared) -> nn.Module:
     else:
         depth = int(kind.removeprefix("resnet"))
         network = models.resnet(depth, channels, data.num_classes, width=width, generator=generator)
-    model = _Standardised(network, data.mean, data.std)
+    model = Standardised(network, data.mean, data.std)
     return model.to(device=x.device, memory_format=torch.channels_last)
 
 
@@ -405,7 +413,7 @@ def _train_teacher(teacher: Trial, model, data: Prepared, checkpoint, checkpoint
         setting=replace(teacher.setting, record_epochs=None),
         seed=teacher.seed,
         measure=lambda model: {},
-        compiled=data.mean.device.type == "cuda",
+        compiled=_pays(teacher.setting, len(data.parts["train"][0]), data.mean.device.type),
         resume=state,
         after_epoch=_keeper(
             state_file, teacher.key, checkpoint_seconds, lambda epoch: progress(0), time.perf_counter()
