@@ -92,6 +92,17 @@ def test_a_bug_keeps_its_traceback(command, monkeypatch, raised):
     assert command("run").exception is raised
 
 
+@pytest.mark.parametrize("arguments", [["run", "01"], ["book"], ["train", "over-training"]], ids=" ".join)
+def test_a_commit_that_is_none_is_told_before_anything_runs(command, project, monkeypatch, arguments):
+    """The folder is no repository; a checkout knows its commit, and there the variable says nothing."""
+    monkeypatch.setattr(results, "PROJECT", project.root)
+    monkeypatch.setenv("LABELAUG_COMMIT", "HEAD")
+    done = command(*arguments)
+    said = "Error: LABELAUG_COMMIT must be 40 hex digits, and '-dirty' after changes; got 'HEAD'\n"
+    assert (done.exit_code, done.stdout, done.stderr) == (1, "", said)
+    assert not (project.root / "results").exists() and not project.build.exists()
+
+
 def test_options_reach_the_runner(command, project, monkeypatch):
     seen = {}
     monkeypatch.setattr(notebooks, "run_sections", lambda names, **options: seen.update(options, names=names) or [])

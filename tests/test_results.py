@@ -4,10 +4,13 @@ import errno
 import json
 import os
 import platform
+import re
+import shlex
 import shutil
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -22,7 +25,7 @@ from pandas.testing import assert_frame_equal
 from labelaug import results
 from labelaug.data.synthetic import Box, TwoFeatureTask
 from labelaug.paths import BUILD, PROJECT
-from labelaug.results import ResultsError, environment, read_table, section, write_table
+from labelaug.results import CommitError, ResultsError, commit, environment, read_table, section, write_table
 
 FRAME = pd.DataFrame({"seed": [0, 1, 2], "value": [0.5, np.nan, -1e-9], "metric": ["loss", "loss", "norm"]})
 LARGE = pd.DataFrame({"value": np.random.default_rng(0).normal(size=50_000)})  # 400 kB as parquet, more as text
@@ -46,12 +49,12 @@ def test_round_trip(tmp_path):
 
 
 def test_provenance_says_where_a_number_comes_from(tmp_path):
-    """Commit, versions, device and time are those of this process, asked for independently."""
+    """Commit (if this is a checkout), versions, device and time are those of this process, asked for independently."""
     before = datetime.now(UTC).replace(microsecond=0)
     _, provenance = read_table(write_table(tmp_path / "a.parquet", FRAME, description={}, seconds=0.0))
     assert set(provenance) == {"commit", "dirty", "versions", "device", "created", "description", "seconds"}
-    git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=PROJECT, capture_output=True, text=True)
-    assert provenance["commit"] == (git.stdout.strip() if git.returncode == 0 else "none")
+    if (PROJECT / ".git").exists():
+        assert provenance["commit"] == git(PROJECT, "rev-parse", "HEAD")
     assert provenance["versions"]["python"] == platform.python_version()
     for package in ("torch", "numpy", "scipy", "pandas"):
         assert provenance["versions"][package] == version(package)
@@ -59,29 +62,161 @@ def test_provenance_says_where_a_number_comes_from(tmp_path):
     assert before <= datetime.fromisoformat(provenance["created"]) <= datetime.now(UTC)
 
 
-def test_commit_and_dirty_follow_the_repository(tmp_path, monkeypatch):
-    """In a repository of its own: no commit, a clean commit, a changed file, and no repository at all."""
-    monkeypatch.setattr(results, "PROJECT", tmp_path)
-    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
-    identity = ["-c", "user.name=test", "-c", "user.email=test@example.org"]
+def git(folder, *arguments, **variables):
+    """What plain git says in a folder; the variables are added to the environment."""
+    command = ["git", "-c", "user.name=test", "-c", "user.email=test@example.org", *arguments]
+    done = subprocess.run(command, cwd=folder, env=os.environ | variables, capture_output=True, text=True, check=True)
+    return done.stdout.strip()
 
-    def git(*arguments):
-        done = subprocess.run(["git", *identity, *arguments], cwd=tmp_path, capture_output=True, text=True, check=True)
-        return done.stdout.strip()
 
-    assert environment()["commit"] == "none" and environment()["dirty"] is False
-    git("init", "--quiet")
-    assert environment()["commit"] == "none"
-    (tmp_path / "a.txt").write_text("one")
-    git("add", "a.txt")
-    git("commit", "--quiet", "--message", "one")
-    assert environment()["commit"] == git("rev-parse", "HEAD") and len(environment()["commit"]) == 40
-    (tmp_path / "untracked.txt").write_text("left out")
-    assert environment()["dirty"] is False
-    (tmp_path / "a.txt").write_text("two")
-    assert environment()["dirty"] is True
-    monkeypatch.setenv("PATH", str(tmp_path))  # a machine without git
-    assert environment()["commit"] == "none"
+def repository(folder, *names):
+    """A repository with one commit, of these files. Returns: the commit."""
+    git(folder, "init", "--quiet")
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(f"{folder} {name}")
+        git(folder, "add", name)
+    git(folder, "commit", "--quiet", "--message", "one")
+    return git(folder, "rev-parse", "HEAD")
+
+
+OWN = "src/labelaug/results.py"
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    """A folder that stands for the project and holds one file of the package; no repository, no variables of git."""
+    for name in [name for name in os.environ if name.startswith("GIT_") or name == "LABELAUG_COMMIT"]:
+        monkeypatch.delenv(name)
+    folder = tmp_path / "parent" / "project"
+    (folder / OWN).parent.mkdir(parents=True)
+    (folder / OWN).write_text("from an archive")
+    monkeypatch.setattr(results, "PROJECT", folder)
+    return folder
+
+
+def test_commit_and_dirty_follow_the_repository(place, monkeypatch):
+    """In a repository of its own: no commit, a clean commit, a changed file, a machine without git."""
+    assert commit() == ("none", False)
+    git(place, "init", "--quiet")
+    assert commit() == ("none", False)
+    found = repository(place, OWN)
+    assert commit() == (found, False) and len(found) == 40
+    (place / "untracked.txt").write_text("left out")
+    assert commit() == (found, False)
+    (place / OWN).write_text("two")
+    assert commit() == (found, True)
+    assert (environment()["commit"], environment()["dirty"]) == (found, True)
+    monkeypatch.setenv("PATH", str(place))
+    assert commit() == ("none", False)
+
+
+SURROUNDINGS = {
+    "GIT_DIR": ["GIT_DIR"],
+    "GIT_WORK_TREE": ["GIT_DIR", "GIT_WORK_TREE"],
+    "GIT_INDEX_FILE": ["GIT_INDEX_FILE"],
+    "GIT_OBJECT_DIRECTORY": ["GIT_OBJECT_DIRECTORY"],
+    "GIT_COMMON_DIR": ["GIT_COMMON_DIR"],
+}
+
+
+@pytest.mark.parametrize("names", SURROUNDINGS.values(), ids=SURROUNDINGS)
+def test_commit_is_not_that_of_another_repository_that_the_surroundings_name(place, tmp_path, monkeypatch, names):
+    """As in a git hook or `git rebase --exec`; plain git, as a control, answers otherwise or not at all."""
+    ours, other = repository(place, OWN), tmp_path / "other"
+    other.mkdir()
+    assert repository(other, "a.txt") != ours
+    values = {
+        "GIT_DIR": str(other / ".git"),
+        "GIT_WORK_TREE": str(other),
+        "GIT_INDEX_FILE": str(other / ".git" / "index"),
+        "GIT_OBJECT_DIRECTORY": str(other / ".git" / "objects"),
+        "GIT_COMMON_DIR": str(other / ".git"),
+    }
+    for name in names:
+        monkeypatch.setenv(name, values[name])
+    with suppress(subprocess.CalledProcessError):
+        plain = git(place, "rev-parse", "HEAD"), git(place, "status", "--porcelain", "--untracked-files=no")
+        assert plain != (ours, "")
+    assert commit() == (ours, False)
+
+
+@pytest.mark.parametrize(
+    "tracked", ["project/a.txt", f"project/{OWN}", OWN], ids=["beside it", "it", "its other version"]
+)
+def test_commit_is_not_that_of_a_repository_around_the_project(place, tracked):
+    around = repository(place.parent, tracked)
+    assert git(place, "rev-parse", "HEAD") == around and commit() == ("none", False)
+
+
+def test_commit_is_not_that_of_a_repository_without_the_package(place):
+    """An archive unpacked into a repository of something else; staged is not committed."""
+    repository(place, "a.txt")
+    assert commit() == ("none", False)
+    git(place, "add", OWN)
+    assert commit() == ("none", False)
+    git(place, "commit", "--quiet", "--message", "two")
+    assert commit() == (git(place, "rev-parse", "HEAD"), False)
+
+
+def test_commit_of_a_work_tree(place, tmp_path):
+    """`git worktree add`: .git is a file there."""
+    main = tmp_path / "main"
+    main.mkdir()
+    repository(main, "a.txt")
+    shutil.rmtree(place)
+    git(main, "worktree", "add", "--quiet", str(place))
+    repository(place, OWN)
+    assert commit() == (git(place, "rev-parse", "HEAD"), False) != (git(main, "rev-parse", "HEAD"), False)
+
+
+def test_commit_of_another_users_folder(place, tmp_path, monkeypatch):
+    """A mount or a container: git calls the ownership dubious and answers plain questions with a refusal."""
+    ours = repository(place, OWN)
+    script = f'#!/bin/sh\nGIT_TEST_ASSUME_DIFFERENT_OWNER=1 exec {shutil.which("git")} "$@"\n'
+    (tmp_path / "git").write_text(script)
+    (tmp_path / "git").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    with pytest.raises(subprocess.CalledProcessError) as refused:
+        git(place, "rev-parse", "HEAD")
+    assert "dubious ownership" in refused.value.stderr
+    assert commit() == (ours, False)
+
+
+def test_commit_does_not_stand_in_the_way_of_git(place):
+    """Asking takes no lock, whose owner would break a reader's `git commit`, and changes nothing in .git."""
+    repository(place, OWN)
+    os.utime(place / OWN, (0, 0))  # another time than the index has for it: a status refreshes the index
+    before = contents(place / ".git")
+    assert commit()[1] is False and contents(place / ".git") == before
+    git(place, "status")
+    assert contents(place / ".git") != before
+
+
+def test_commit_is_given_where_there_is_no_repository(place, monkeypatch):
+    """README's command makes the text, in a repository with tags too; a repository of its own knows better."""
+    (given,) = re.findall(r"LABELAUG_COMMIT=\$\((git .*?)\)", (PROJECT / "README.md").read_text(encoding="utf-8"))
+    origin = place.parent / "origin"
+    origin.mkdir()
+    found = repository(origin, OWN)
+    git(origin, "tag", "-a", "v1", "-m", "one")
+    assert git(origin, *shlex.split(given)[1:]) == found
+    monkeypatch.setenv("LABELAUG_COMMIT", found)
+    assert commit() == (found, False)
+    (origin / OWN).write_text("changed")
+    monkeypatch.setenv("LABELAUG_COMMIT", git(origin, *shlex.split(given)[1:]))
+    assert commit() == (found, True)
+    own = repository(place, OWN)
+    assert commit() == (own, False) and own != found
+
+
+@pytest.mark.parametrize("given", ["HEAD", "f352fcb", "v1-3-gf352fcb", "0" * 39, "0" * 41, "0" * 40 + "\n", "A" * 40])
+def test_commit_that_is_given_is_checked(place, monkeypatch, given):
+    """What is no commit would stand in files for good; where it is not needed it is not read."""
+    monkeypatch.setenv("LABELAUG_COMMIT", given)
+    with pytest.raises(CommitError, match=r"LABELAUG_COMMIT must be 40 hex digits, and '-dirty' after changes; got"):
+        commit()
+    assert repository(place, OWN) == commit()[0]
 
 
 @dataclass(frozen=True)

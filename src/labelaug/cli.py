@@ -113,8 +113,10 @@ def run(notebooks, profile, overrides, force, jobs):
 
     NOTEBOOK is a section such as 02_synthetic_sweep, its beginning (02), or the path of its file; none means all.
     """
+    from labelaug import results
     from labelaug.notebooks import match, resolve_all, run_sections
 
+    results.commit()  # a wrong $LABELAUG_COMMIT is told first, too
     names = match(notebooks)
     resolve_all(names, profile, overrides)  # a mistake is told before anything is downloaded
     _fetch(names)
@@ -133,10 +135,11 @@ def book(profile, force, jobs):
     import time
 
     from labelaug import book as pages
-    from labelaug import claims
+    from labelaug import claims, results
     from labelaug.notebooks import run_sections, sections
 
     started = time.perf_counter()
+    results.commit()
     _fetch(sections())
     runs = {finished.section: finished.path for finished in run_sections(profile=profile, force=force, jobs=jobs)}
     rows = claims.evaluate(runs)
@@ -199,7 +202,7 @@ def train(study, scale, workers, scheduler, device, minutes, runs, only_list):
     """
     import torch
 
-    from labelaug import engine, paths
+    from labelaug import engine, paths, results
     from labelaug.studies import STUDIES
 
     if study not in STUDIES:
@@ -215,6 +218,7 @@ def train(study, scale, workers, scheduler, device, minutes, runs, only_list):
             cost = "" if seconds is None else f"{seconds:.1f} s"
             click.echo(f"{trial.key}  {state:24} {cost:>10}  {trial.label}")
         return
+    results.commit()  # a wrong $LABELAUG_COMMIT is told before anything is trained
     if scheduler is None:
         data_dir = paths.data_dir()
     else:  # each worker's own, unless it is named here

@@ -6,6 +6,7 @@ A section's tables lie in its run; the results of a study's trials lie in one co
 import json
 import os
 import platform
+import re
 import subprocess
 import time
 from contextlib import suppress
@@ -29,21 +30,44 @@ class ResultsError(OSError):
     """A table could not be written or read."""
 
 
+class CommitError(ValueError):
+    """$LABELAUG_COMMIT is no commit."""
+
+
 def environment(device: str = "cpu") -> dict:
     """What a number depends on besides its description: commit, whether the tree had changes, versions, device, time.
 
     Args: device: "cpu", or "cuda" for torch's current GPU.
-    Returns: ``commit`` (40 hex digits, or "none" outside a repository), ``dirty`` (tracked files differ from the
-    commit), ``versions`` (of the packages that are installed), ``device`` (processor and cores, or the GPU's name),
-    ``created`` (ISO 8601, UTC).
+    Returns: ``commit`` and ``dirty`` as :func:`commit` has them, ``versions`` (of the packages that are installed),
+    ``device`` (processor and cores, or the GPU's name), ``created`` (ISO 8601, UTC).
+    Raises: as :func:`commit`.
     """
+    name, dirty = commit()
     return {
-        "commit": _git("rev-parse", "HEAD") or "none",
-        "dirty": bool(_git("status", "--porcelain", "--untracked-files=no")),
+        "commit": name,
+        "dirty": dirty,
         "versions": {"python": platform.python_version()} | _versions(),
         "device": f"CPU, {_processor()}, {os.cpu_count()} cores" if device == "cpu" else f"GPU, {_gpu()}",
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
     }
+
+
+def commit() -> tuple[str, bool]:
+    """The commit that the package's own files belong to, and whether tracked files differ from it.
+
+    Asked of git where the project is a repository that has this file in its HEAD, whatever other repository the
+    surroundings name (``GIT_DIR``) or the project lies in. Elsewhere, as in an unpacked archive or an installed
+    package, it is what ``$LABELAUG_COMMIT`` states, "-dirty" at its end meaning changes; README says how to get it.
+    Returns: 40 hex digits, or "none" where nothing is known; the changes.
+    Raises: CommitError if ``$LABELAUG_COMMIT`` is needed and is no commit.
+    """
+    found = _git("rev-parse", "--show-prefix", "HEAD", "HEAD:src/labelaug/results.py")
+    if found is not None and found.startswith(b"\n"):  # the folder below the repository's: none
+        return found.split()[0].decode(), _git("status", "--porcelain", "--untracked-files=no") != b""
+    given = os.environ.get("LABELAUG_COMMIT") or "none"
+    if not re.fullmatch(r"none|[0-9a-f]{40}(-dirty)?", given):
+        raise CommitError(f"LABELAUG_COMMIT must be 40 hex digits, and '-dirty' after changes; got '{given}'")
+    return given.removesuffix("-dirty"), given.endswith("-dirty")
 
 
 def write_table(path: Path, frame: pd.DataFrame, *, description, seconds: float) -> Path:
@@ -216,12 +240,17 @@ def _gpu() -> str:
     return torch.cuda.get_device_name()
 
 
-def _git(*arguments: str) -> str:
+def _git(*arguments: str) -> bytes | None:
+    """What git says of the project's folder; None if it refuses, or there is no git on this machine."""
+    surroundings = {name: value for name, value in os.environ.items() if not name.upper().startswith("GIT_")}
+    # The folder may be another user's (a mount, a container), which git distrusts; its code is what runs here already.
+    # No lock: a status that refreshes the index would stand in the way of a commit that is made meanwhile.
+    command = ["git", "-c", f"safe.directory={PROJECT.as_posix()}", "--no-optional-locks", *arguments]
     try:
-        done = subprocess.run(["git", *arguments], cwd=PROJECT, capture_output=True, text=True, check=False)
-    except FileNotFoundError:  # no git on this machine: the tree was unpacked from an archive
-        return ""
-    return done.stdout.strip() if done.returncode == 0 else ""
+        done = subprocess.run(command, cwd=PROJECT, env=surroundings, capture_output=True, check=False)
+    except (FileNotFoundError, PermissionError):
+        return None
+    return done.stdout if done.returncode == 0 else None
 
 
 def _processor() -> str:
