@@ -203,21 +203,21 @@ def test_training_is_the_plain_loop(setting, pictures, seed=3):
     """Tables: float64 on both sides, some 12 steps of rounding, Adam dividing by small gradients, stay below 1e-10.
 
     Images reach the model, and targets the loss, in float32: rounding 6e-8, and some eight steps of SGD. The running
-    means are kept in float32. Another seed, and each part switched off, must give other weights.
+    means keep the precision of the losses. Another seed, and each part switched off, must give other weights.
     """
     advisor = {"teacher": teacher} if setting.labels == "teacher" else {}
     if pictures:
-        (x, labels), model, within = images(), Convolutional(seed, dtype=F64), 2e-6
+        (x, labels), model, within, of_means = images(), Convolutional(seed, dtype=F64), 2e-6, 1e-6
     else:
-        (x, labels), model, within = data(), network(seed, dtype=F64), 1e-10
+        (x, labels), model, within, of_means = data(), network(seed, dtype=F64), 1e-10, 1e-10
         x = x.double()
     frame = train(model, x, labels, setting=setting, seed=seed, measure=nothing, **advisor)
     expected, means = plain_loop(setting, seed, pictures=pictures, **advisor)
     ours = weights_of(model)
     assert_close(ours, expected, rtol=0, atol=within)
-    np.testing.assert_allclose(running(frame), means[:, 0], rtol=1e-6)
+    np.testing.assert_allclose(running(frame), means[:, 0], rtol=of_means)
     if setting.loss == "cross-entropy" and setting.smoothing >= 0:
-        np.testing.assert_allclose(running(frame, "running_floor"), means[:, 1], rtol=1e-6, atol=1e-12)
+        np.testing.assert_allclose(running(frame, "running_floor"), means[:, 1], rtol=of_means, atol=1e-12)
     else:
         assert len(running(frame, "running_floor")) == 0
     assert frame.iloc[-1][["metric", "value", "epoch"]].tolist() == ["diverged", 0.0, setting.epochs]
@@ -307,6 +307,20 @@ def test_running_loss_is_the_mean_over_the_epochs_examples():
         order = np.random.default_rng([0, ORDER, 0]).permutation(20)
         batches = [nn.functional.cross_entropy(network()(x[c]), labels[c]) for c in np.split(order, [8, 16])]
     assert abs(np.mean(batches) - loss) > 1e-4  # the mean of batches, the smaller one counted like the others
+
+
+def test_running_loss_adds_nothing_to_the_rounding_of_the_losses():
+    """500 minibatches of one example, whose losses in float32 are two numbers: their mean, to float64's rounding."""
+    labels = torch.arange(500) % 2
+    model = mlp(1, (), 2, generator=init_generator(0))
+    each = nn.functional.cross_entropy(model(torch.zeros(2, 1)), torch.tensor([0, 1]), reduction="none").tolist()
+    setting = DeepSetting(1e-30, 1, 1, optimiser="sgd")  # a step that float32 does not see
+    frame = train(model, torch.zeros(500, 1), labels, setting=setting, seed=0, measure=nothing)
+    assert running(frame) == pytest.approx([(each[0] + each[1]) / 2], rel=1e-13)
+    one_by_one = np.float32(0)
+    for i in np.random.default_rng([0, ORDER, 0]).permutation(500):
+        one_by_one += np.float32(each[i % 2]) * np.float32(1 / 500)
+    assert abs(one_by_one / running(frame)[0] - 1) > 1e-8  # what a sum in float32 would give
 
 
 @pytest.mark.parametrize("per", ["batch", "example"])

@@ -269,10 +269,10 @@ def test_another_method_is_one_more_class(method, by_hand):
         running.append(sums)
     weights, frame = trained(method)
     expected = nn.utils.parameters_to_vector(model.parameters()).detach()
-    # float64 and nine steps: rounding. The running means are kept in float32.
+    # float64 and nine steps: rounding.
     assert_close(weights, expected, rtol=0, atol=1e-12)
     rows = frame[frame["metric"] != "diverged"].pivot(index="epoch", columns="metric", values="value")
-    np.testing.assert_allclose(rows[["running_loss", "running_floor"]], running, rtol=1e-6)
+    np.testing.assert_allclose(rows[["running_loss", "running_floor"]], running, rtol=1e-12)
     # The description has a name of its own, and each of its numbers counts.
     others = [ERM, Mixup(0.7), replace(method, alpha=3.0)]
     keys = {DeepSetting(0.2, 3, 4, method=m, optimiser="sgd").key for m in (method, *others)}

@@ -208,7 +208,7 @@ class _Run:
         setting, method = self.setting, self.setting.method_at(self.epoch)
         for group in self.optimiser.param_groups:
             group["lr"] = setting.learning_rate_at(self.epoch)
-        sums, steps = torch.zeros(2, device=self.device), 0
+        sums, steps = torch.zeros(2, dtype=torch.float64, device=self.device), 0
         for x, labels, draw in self.minibatches(method):
             whole = len(x) == setting.batch_size  # a smaller last minibatch is not worth a graph of its own
             if self.captured and whole:
