@@ -1,5 +1,6 @@
 """The one-trial trainer against a plain torch loop, its streams, its records, its states, and runs that diverge."""
 
+import copy
 import hashlib
 import io
 import json
@@ -19,6 +20,7 @@ from labelaug.models import mlp
 from labelaug.theory.bounds import mixup_floor, permutation_floor
 from labelaug.training import deep
 from labelaug.training.deep import COLUMNS, DeepSetting, draw_moves, gather, init_generator, train
+from labelaug.training.gradients import gradient_norms
 from labelaug.training.linear import LAM, ORDER, PARTNER
 
 BASE = DeepSetting(0.05, epochs=3, batch_size=8, smoothing=0.1)
@@ -764,6 +766,24 @@ def test_bad_data_is_named(change, message):
         train(network(), **arguments)
     with pytest.raises(ValueError, match="seed must be at least 0"):
         init_generator(-1)
+
+
+@pytest.mark.parametrize(("n", "batch_size"), [(21, 20), (1, 8), (20, 1), (9, 8)])
+def test_a_minibatch_of_one_is_refused_where_the_model_cannot_take_it(n, batch_size):
+    """Batch normalisation of features without pixels; nothing of the model moves, nor does torch's random state."""
+    x, labels = (part[torch.arange(n) % 20] for part in data())
+    model = nn.Sequential(nn.Linear(3, 4), nn.Dropout(), nn.BatchNorm1d(4), nn.Linear(4, 3)).eval()
+    before, stream = copy.deepcopy(model.state_dict()), torch.get_rng_state()
+    setting = replace(BASE, batch_size=batch_size)
+    arguments = {"setting": setting, "seed": 0, "measure": lambda model: pytest.fail("it was measured")}
+    with pytest.raises(ValueError, match=f"{n} examples in minibatches of {batch_size} leave a minibatch of one, on"):
+        train(model, x, labels, **arguments)
+    with pytest.raises(ValueError, match="leave a minibatch of one"):
+        gradient_norms(model, x, labels, num_classes=3, setting=setting, seed=0, epoch=0, draws=2)
+    assert_close(model.state_dict(), before, rtol=0, atol=0)
+    assert not model.training and torch.equal(torch.get_rng_state(), stream)
+    frame = train(network(), x, labels, **arguments | {"measure": nothing})  # which normalises nothing
+    assert frame.iloc[-1][["metric", "value"]].tolist() == ["diverged", 0.0]
 
 
 def test_threads_are_given_back():

@@ -204,6 +204,45 @@ def test_architecture_and_device_are_refused_too(folder):
         Network("alexnet")
 
 
+def of_27(batch_size, network=BASE.network, **fields):
+    """Nine digits of each of three classes."""
+    images = Images("digits", ("0", "1", "2"), fraction=9 / 142, test=5)
+    setting = replace(BASE.setting, batch_size=batch_size, epochs=1, milestones=(), record_epochs=(1,))
+    return replace(BASE, images=images, network=network, setting=setting, gradient_epochs=(), **fields)
+
+
+def taught(student, teacher):
+    return replace(student, setting=replace(student.setting, labels="teacher"), teacher=teacher)
+
+
+SMALL = Network("mlp", 4)
+ALONE = {
+    "last minibatch of one": of_27(13),
+    "all but one in the first": of_27(26),
+    "minibatches of one": of_27(1),
+    "of the teacher": taught(of_27(9), of_27(13)),
+    "of the student, whose teacher could be trained": taught(of_27(13), of_27(9)),
+}
+
+
+@pytest.mark.parametrize("trial", ALONE.values(), ids=ALONE)
+def test_a_minibatch_of_one_is_refused_before_training(folder, tmp_path, trial):
+    """Digits of 8×8 pixels reach a ResNet's last stage as one pixel, where batch normalisation needs two images."""
+    with pytest.raises(TrialRefused, match=r"^trial \w+: 27 examples in minibatches of \d+ leave a minibatch of one, "):
+        run_trial(trial, data_dir=folder, checkpoint=tmp_path / "c", progress=lambda epoch: pytest.fail("it trained"))
+    assert list(tmp_path.iterdir()) == []  # no teacher's weights either
+
+
+def test_a_minibatch_of_one_is_trained_on_where_that_can_be(folder, tmp_path):
+    """Two images suffice; so does one without batch normalisation, or with four pixels in the last stage."""
+    for trial in (of_27(25), of_27(27), of_27(13, SMALL), of_27(1, SMALL), taught(of_27(9), of_27(13, SMALL))):
+        assert run_trial(trial, data_dir=folder).iloc[-1][["metric", "value"]].tolist() == ["diverged", 0.0]
+    x, y = np.random.default_rng(0).integers(256, size=(15, 9, 9, 1), dtype=np.uint8), np.arange(15) % 3
+    np.savez(tmp_path / "own.npz", x_train=x, y_train=y, x_test=x, y_test=y)
+    larger = replace(of_27(7), images=Images("own"))
+    assert run_trial(larger, data_dir=tmp_path).iloc[-1][["metric", "value"]].tolist() == ["diverged", 0.0]
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Measurements
 

@@ -22,7 +22,16 @@ from labelaug.keys import description_key
 from labelaug.measure import calibration_error, class_error, outputs_and_activations, relative_variance
 from labelaug.measure import within_class_variance as variance
 from labelaug.targets import one_hot_targets
-from labelaug.training.deep import LOSSES, DeepSetting, autocast, gather, init_generator, one_core, train
+from labelaug.training.deep import (
+    LOSSES,
+    DeepSetting,
+    autocast,
+    check_last_batch,
+    gather,
+    init_generator,
+    one_core,
+    train,
+)
 from labelaug.training.gradients import gradient_norms
 
 ARCHITECTURES = ("resnet18", "resnet34", "resnet50", "resnet101", "vgg16", "mlp")
@@ -185,8 +194,8 @@ def run_trial(
     began = time.perf_counter()
     data = prepare(trial.images, data_dir=data_dir, device=device)
     with one_core(torch.device(device)):
+        model = _build(trial, data)  # before a teacher is trained, so that what cannot be built costs nothing
         teacher = _teacher(trial, data_dir, device, checkpoint, checkpoint_seconds, progress)
-        model = _build(trial, data)
         state = _load(checkpoint, trial.key)
         before = state["seconds"] if state else 0.0
         done = state["epoch"] if state else -1
@@ -312,7 +321,10 @@ class Standardised(nn.Module):
 
 
 def _build(trial: Trial, data: Prepared) -> nn.Module:
-    """The trial's network with its start, on the device of the data: from pixels in 0..255 to ``[n, K]``."""
+    """The trial's network with its start, on the device of the data: from pixels in 0..255 to ``[n, K]``.
+
+    Raises: TrialRefused if it cannot take images of this size, or be trained on the last minibatch.
+    """
     kind, width = trial.network.architecture, trial.network.width
     x, generator = data.parts["train"][0], init_generator(trial.seed)
     channels, height, side = x.shape[1:]
@@ -326,8 +338,12 @@ def _build(trial: Trial, data: Prepared) -> nn.Module:
     else:
         depth = int(kind.removeprefix("resnet"))
         network = models.resnet(depth, channels, data.num_classes, width=width, generator=generator)
-    model = Standardised(network, data.mean, data.std)
-    return model.to(device=x.device, memory_format=torch.channels_last)
+    model = Standardised(network, data.mean, data.std).to(device=x.device, memory_format=torch.channels_last)
+    try:
+        check_last_batch(model, x, trial.setting.batch_size)
+    except ValueError as error:
+        raise TrialRefused(f"trial {trial.key}: {error}") from None
+    return model
 
 
 def _measure(model: nn.Module, data: Prepared, trial: Trial, epoch: int, teacher) -> dict[str, dict[str, float]]:

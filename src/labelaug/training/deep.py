@@ -11,6 +11,7 @@ On a CPU a trial keeps to one core, so that its numbers do not depend on how man
 a GPU, as processes.
 """
 
+import copy
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
@@ -163,9 +164,11 @@ def train(
         state that ``after_epoch`` was offered; after_epoch: gets the number of whole epochs and a function that
         returns the state, plain tensors and numbers.
     Returns: rows ``key, seed, step, epoch, split, metric, value``, step and epoch counting those made.
-    Raises: ValueError if shapes, labels, the seed or the smoothing do not fit, or a teacher is missing or idle.
+    Raises: ValueError if shapes, labels, the seed or the smoothing do not fit, a teacher is missing or idle, or the
+        model cannot be trained on the last minibatch.
     """
     _check(x, labels, setting, seed, teacher)
+    check_last_batch(model, x, setting.batch_size)
     with one_core(x.device), _exact_convolutions(x.device):
         rows = _Run(model, x, labels, setting, seed, measure, teacher, compiled).rows(resume, after_epoch)
     frame = pd.DataFrame(rows, columns=COLUMNS[2:])
@@ -394,6 +397,24 @@ def _num_classes(model: nn.Module, x: Tensor, labels: Tensor) -> int:
     if len(shape) != 2 or shape[0] != 1 or shape[1] <= labels.max():
         raise ValueError(f"the model must give logits [1, K > {labels.max()}], got {shape}")
     return shape[1]
+
+
+def check_last_batch(model: nn.Module, x: Tensor, batch_size: int) -> None:
+    """Raise ValueError if some minibatch has one example and the model refuses such a one in training mode.
+
+    Batch normalisation does where the feature map is a single pixel: the variance of one value a channel is no scale.
+    Args: x: as in :func:`train`. The model is tried on a copy.
+    """
+    if (len(x) % batch_size or min(batch_size, len(x))) > 1:
+        return
+    with torch.no_grad(), torch.random.fork_rng(devices=[x.device] if x.device.type == "cuda" else []):
+        try:
+            copy.deepcopy(model).train()(x[:1].float() if x.dtype == torch.uint8 else x[:1])
+        except ValueError as error:
+            raise ValueError(
+                f"{len(x)} examples in minibatches of {batch_size} leave a minibatch of one, on which the model cannot "
+                f"be trained ({error}): choose another batch_size"
+            ) from error
 
 
 def _measured(model: nn.Module, measure: Measure, device: torch.device) -> list[tuple[str, str, float]]:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from labelaug.methods import ERM
 from labelaug.targets import smooth_targets
-from labelaug.training.deep import DeepSetting, gather, minibatch_loss
+from labelaug.training.deep import DeepSetting, check_last_batch, gather, minibatch_loss
 from labelaug.training.linear import LAM, ORDER, PARTNER
 
 GRADIENTS = 6  # purpose of the streams of these draws, beside those of training
@@ -37,9 +37,11 @@ def gradient_norms(
 
     Args: x: uint8 images ``[n, C, H, W]`` or floats ``[n, ...]``; labels: ``[n]``; epoch: whole epochs made;
         draws: M, at least 2. The model is left as it was found.
+    Raises: ValueError for fewer draws, or if the model cannot be trained on the last minibatch.
     """
     if draws < 2:
         raise ValueError(f"draws must be at least 2, got {draws}")
+    check_last_batch(model, x, setting.batch_size)
     parameters = [p for p in model.parameters() if p.requires_grad]
     buffers = [(b, b.clone()) for b in model.buffers()]
     base = x.permute(0, 2, 3, 1) if x.dtype == torch.uint8 else x
