@@ -2,11 +2,13 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
-from dataclasses import replace
+from contextlib import suppress
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from importlib.metadata import PackageNotFoundError, packages_distributions, requires
 from pathlib import Path
@@ -23,38 +25,92 @@ from pandas.testing import assert_frame_equal
 
 from labelaug import cluster, engine, paths, results
 from labelaug.cli import main
-from labelaug.engine import TrainingError, has_result, lock, merge, read_result, run_trials, status, write_result
+from labelaug.engine import (
+    TrainingError,
+    has_result,
+    lock,
+    merge,
+    read_partial,
+    read_result,
+    run_trials,
+    status,
+    write_partial,
+    write_result,
+)
 from labelaug.studies import STUDIES
 from labelaug.training.deep import COLUMNS
-from labelaug.trials import Images, Network, TrialRefused, run_trial
+from labelaug.trials import Images, Network, Stopped, TrialRefused, run_trial
 
 STUDY = "over-training"
-EPOCHS = 150  # of a trial that is to be stopped in its course
+EPOCHS = 12  # of a trial that is to be stopped in its course
 
 
-def slowly(trial, *, progress, **options):
-    """``run_trial`` with a pause after each epoch: LONG trials take five seconds, so that a stop finds them running."""
-
-    def pausing(epoch):
-        time.sleep(5 / EPOCHS)
-        progress(epoch)
-
-    return run_trial(trial, progress=pausing, **options)
-
-
-EAGER = partial(run_trial, checkpoint_seconds=0)  # a checkpoint after every epoch
-
-
-def counts(trial, *, data_dir, device, checkpoint, progress, log=os.devnull, pause=0.0, dies=None, breaks=None):
-    """Stands for ``run_trial`` where only the engine matters: counts epochs, and notes in ``log`` who does."""
+def note(log, trial) -> None:
+    """A line in ``log``: which trial, and which process is at it."""
     with open(log, "a") as file:
         file.write(f"{trial.key} {os.getpid()}\n")
+
+
+def noted(log: Path) -> list[list[str]]:
+    return [line.split() for line in log.read_text().splitlines()] if log.exists() else []
+
+
+def holds(trial, *, log, at, progress, **options):
+    """``run_trial`` that waits in the middle of epoch ``at`` until it is told to stop, and notes that it waits."""
+
+    def holding(epoch):
+        progress(epoch)
+        if epoch == at - 1:
+            note(log, trial)
+            wait_until_told(lambda: progress(epoch))
+
+    return run_trial(trial, progress=holding, **options)
+
+
+def wait_until_told(progress) -> None:
+    with suppress(Stopped):
+        while True:
+            time.sleep(0.01)
+            progress()
+
+
+class Clock:
+    """Stands for the engine's ``time``: an hour goes by as soon as ``happened`` is true."""
+
+    perf_counter = staticmethod(time.perf_counter)
+
+    def __init__(self, happened):
+        self.happened = happened
+
+    def time(self) -> float:
+        return time.time() + 3600 * bool(self.happened())
+
+    def monotonic(self) -> float:
+        return time.monotonic() + 3600 * bool(self.happened())
+
+
+def holds_once(trial, *, log, at, **options):
+    """A checkpoint after every epoch; the first trial that is begun ``holds``."""
+    try:
+        open(f"{log}.first", "x").close()
+    except FileExistsError:
+        return run_trial(trial, checkpoint_seconds=0, **options)
+    return holds(trial, log=log, at=at, checkpoint_seconds=0, **options)
+
+
+def counts(trial, *, data_dir, device, checkpoint, progress, keep, log=os.devnull, dies=None, breaks=None, together=1):
+    """Stands for ``run_trial`` where only the engine matters: counts epochs, and notes in ``log`` who does.
+
+    It begins when ``together`` processes have noted something.
+    """
+    note(log, trial)
+    if together > 1:
+        wait_for(lambda: len({process for _, process in noted(log)}) >= together, "company")
     if trial.key == dies:
         os.kill(os.getpid(), signal.SIGKILL)
     if trial.key == breaks:
         raise ZeroDivisionError("a bug")
     for epoch in range(1, trial.setting.epochs + 1):
-        time.sleep(pause / trial.setting.epochs)
         progress(epoch)
     rows = [
         (5, trial.setting.epochs, "test", "error", 0.1 * trial.seed),
@@ -66,7 +122,7 @@ def counts(trial, *, data_dir, device, checkpoint, progress, log=os.devnull, pau
 def counted(trial, runs: Path) -> None:
     """The result of ``counts`` in a folder of runs, without an engine."""
     runs.mkdir(exist_ok=True)
-    frame = counts(trial, data_dir=None, device="cpu", checkpoint=None, progress=lambda epoch: None)
+    frame = counts(trial, data_dir=None, device="cpu", checkpoint=None, progress=lambda epoch: None, keep=None)
     write_result(trial, frame, results.environment(), runs=runs)
 
 
@@ -161,22 +217,16 @@ def results_of(trials) -> list[str]:
     return sorted(f"{trial.key}.parquet" for trial in trials)
 
 
-def epoch_of(trial, runs: Path) -> int:
-    state, seconds = status(trial, runs)
-    assert state.startswith("checkpoint at epoch ") and seconds is None
-    return int(state.split()[-1])
-
-
 # Results
 
 
 def test_trials_are_run_in_order_and_shared_among_workers(go, runs, tmp_path, capsys):
     """One result a trial and nothing else; a line each on standard error; nothing is left to do for a second call."""
-    run = partial(counts, log=tmp_path / "log", pause=0.2)
+    run = partial(counts, log=tmp_path / "log", together=2)
     assert set(go(TRIALS, workers=2, run=run)) == {trial.key for trial in TRIALS}
-    keys, workers = zip(*(line.split() for line in (tmp_path / "log").read_text().splitlines()), strict=True)
-    assert set(keys[:2]) <= {trial.key for trial in TRIALS[:3]} and len(set(keys)) == 4
-    assert set(workers) <= {line for line in workers if line != str(os.getpid())} and len(set(workers)) <= 2
+    keys, workers = zip(*noted(tmp_path / "log"), strict=True)
+    assert set(keys[:2]) == {trial.key for trial in TRIALS[:2]} and len(set(keys)) == 4
+    assert str(os.getpid()) not in workers and len(set(workers)) == 2
     assert names(runs) == results_of(TRIALS)
     said = capsys.readouterr().err.splitlines()
     assert [line.partition(" ")[0] for line in said] == ["1/4", "2/4", "3/4", "4/4"]
@@ -241,15 +291,66 @@ def test_a_trial_is_refused_before_anything_is_trained(go, runs, tmp_path):
     assert not (tmp_path / "log").exists() and names(runs) == []
 
 
+# Rows of a trial that is not finished
+
+
+def prefix(rows: pd.DataFrame, epoch: int) -> pd.DataFrame:
+    return rows[rows["epoch"] <= epoch].reset_index(drop=True)
+
+
+def test_a_stop_brings_the_rows_home(go, runs, undisturbed, monkeypatch, tmp_path):
+    """The time is up in the middle of two trials' epochs: their rows are the first ones of those that nothing stopped.
+
+    They carry the provenance of a result and are none; with the result they go.
+    """
+    trials, log = LONG[:2], tmp_path / "log"
+    monkeypatch.setattr(engine, "time", Clock(lambda: len(noted(log)) == 2))
+    assert go([*trials, TRIALS[2]], workers=2, minutes=30, run=partial(holds, log=log, at=8)) == []
+    endings = ("checkpoint", "partial.parquet")
+    assert names(runs) == sorted(f"{trial.key}.{ending}" for trial in trials for ending in endings)
+    for trial in trials:
+        frame, provenance = read_partial(trial, runs)
+        assert_frame_equal(frame, prefix(undisturbed(trial), 8), check_exact=True)
+        assert set(frame["split"]) == {"train", "test"}  # a record, of epoch 6, is among them
+        for other in (prefix(undisturbed(trial), 7), prefix(undisturbed(LONG[2]), 8).assign(key=trial.key)):
+            assert not frame.equals(other)
+        assert (provenance["unfinished"], provenance["epoch"]) == (True, 8) and provenance["seconds"] > 0
+        assert provenance["description"]["seed"] == trial.seed and provenance["device"].startswith("CPU, ")
+        assert read_result(trial, runs) is None and status(trial, runs) == ("checkpoint at epoch 8", None)
+    monkeypatch.undo()
+    assert set(go(trials)) == {trial.key for trial in trials} and names(runs) == results_of(trials)
+    for trial in trials:
+        assert_frame_equal(rows_of(trial, runs), undisturbed(trial), check_exact=True)
+        assert read_partial(trial, runs) is None
+
+
+def test_unfinished_rows_are_never_taken_for_a_result(go, runs, undisturbed, tmp_path, capsys):
+    """Neither under their own name nor under that of a result; where they alone came home, the list says so."""
+    trial = STUDIES[STUDY]("smoke")[0]
+    parts = []
+    run_trial(trial, data_dir=tmp_path, checkpoint_seconds=0, keep=parts.append)
+    write_partial(trial, parts[3], results.environment(), runs=runs)
+    assert status(trial, runs) == ("rows up to epoch 4", None)
+    assert not has_result(trial, runs) and merge(STUDY, "smoke", runs=runs, folder=tmp_path) is None
+    (runs / f"{trial.key}.partial.parquet").rename(runs / f"{trial.key}.parquet")
+    assert not has_result(trial, runs, say=print) and merge(STUDY, "smoke", runs=runs, folder=tmp_path) is None
+    assert "is damaged or another trial's, and is computed again" in capsys.readouterr().out
+    counted(trial, runs)
+    (runs / f"{trial.key}.parquet").rename(runs / f"{trial.key}.partial.parquet")
+    with pytest.raises(results.ResultsError, match=", as far as it is"):
+        read_partial(trial, runs)
+
+
 # Started twice
 
 
 def test_two_processes_that_start_the_same_trials_train_each_once(start, runs, tmp_path):
     log = tmp_path / "log"
-    both = [start(f"go(TRIALS, run=partial(counts, log={str(log)!r}, pause=0.5))") for _ in range(2)]
-    told = [process.communicate(timeout=60) for process in both]
+    both = [start(f"go(TRIALS, run=partial(counts, log=Path({str(log)!r}), together=2))") for _ in range(2)]
+    told = [process.communicate() for process in both]
     assert [process.returncode for process in both] == [0, 0], told
-    assert sorted(line.split()[0] for line in log.read_text().splitlines()) == sorted(t.key for t in TRIALS)
+    keys, workers = zip(*noted(log), strict=True)
+    assert sorted(keys) == sorted(trial.key for trial in TRIALS) and len(set(workers)) == 2
     assert sorted(" ".join(out for out, _ in told).split()) == sorted(trial.key for trial in TRIALS)
     assert names(runs) == results_of(TRIALS)
 
@@ -268,29 +369,33 @@ def test_a_trial_that_another_process_holds_is_left_to_it(go, runs, capsys):
 # Stopped
 
 
-def test_kill_9_of_anything_then_the_same_command_gives_the_undisturbed_rows(start, go, runs, undisturbed):
-    """First the worker is killed, then its parent, then both at once; each time the trial is further than before."""
-    trial, reached = LONG[0], 0
-    for victim in ("worker", "parent", "both"):
-        process = start("go(LONG[:1], run=partial(slowly, checkpoint_seconds=0))")
-        before = (runs / f"{trial.key}.checkpoint").stat().st_mtime_ns if reached else 0
-        checkpoint = runs / f"{trial.key}.checkpoint"
-        wait_for(lambda file=checkpoint, t=before: file.exists() and file.stat().st_mtime_ns > t, "a checkpoint")
-        children = psutil.Process(process.pid).children(recursive=True)
-        (worker,) = (child for child in children if "spawn_main" in " ".join(child.cmdline()))
+def test_kill_9_of_anything_then_the_same_command_gives_the_undisturbed_rows(start, go, runs, undisturbed, tmp_path):
+    """First the worker is killed, then its parent, then both at once, each time in the middle of an epoch.
+
+    A checkpoint is due after every epoch, and the rows so far lie beside it. A worker whose parent is gone notices at
+    the end of its epoch; one that is killed has the checkpoint before the epoch that its process had just told of.
+    """
+    trial = LONG[0]
+    for at, victim, epoch in ((4, "worker", 2), (6, "parent", 6), (10, "both", 8)):
+        log = tmp_path / victim
+        run = f"partial(holds, log=Path({str(log)!r}), at={at}, checkpoint_seconds=0)"
+        process = start(f"go(LONG[:1], run={run})")
+        wait_for(lambda log=log: noted(log), "the trial to be in its course")
+        worker = psutil.Process(int(noted(log)[0][1]))
+        assert worker in psutil.Process(process.pid).children()
         if victim == "worker":
             worker.kill()
         elif victim == "parent":
             process.kill()
         else:
             os.killpg(process.pid, signal.SIGKILL)
-        _, err = process.communicate(timeout=60)
-        assert psutil.wait_procs(children, timeout=20)[1] == []  # an orphan notices at the end of its epoch
+        _, err = process.communicate()
+        assert psutil.wait_procs([worker], timeout=60)[1] == []
         if victim == "worker":
             assert process.returncode == 1 and "1 of 1 trials failed" in err
             assert f"{trial.label}: its process was killed by signal 9 (out of memory?)\n" in err
-        assert reached < epoch_of(trial, runs) < EPOCHS
-        reached = epoch_of(trial, runs)
+        assert status(trial, runs) == (f"checkpoint at epoch {epoch}", None)
+        assert_frame_equal(read_partial(trial, runs)[0], prefix(undisturbed(trial), epoch), check_exact=True)
     (runs / f".{trial.key}.checkpoint.1.part").write_bytes(b"half")  # as a kill in the middle of writing leaves it
     assert go([trial]) == [trial.key]
     assert names(runs) == results_of([trial])
@@ -299,40 +404,40 @@ def test_kill_9_of_anything_then_the_same_command_gives_the_undisturbed_rows(sta
         assert_frame_equal(rows_of(trial, runs), undisturbed(LONG[1]).assign(key=trial.key), check_exact=True)
 
 
-def test_ctrl_c_writes_a_checkpoint_and_says_how_to_go_on(start, runs, data_dir, undisturbed):
+def test_ctrl_c_writes_a_checkpoint_and_says_how_to_go_on(start, go, runs, undisturbed, tmp_path):
     """The signal reaches every process of the terminal; a checkpoint is due once a minute: this is the stop's."""
-    trial = LONG[0]
-    process = start("go([LONG[0], TRIALS[1]], run=slowly)")
-    wait_for((runs / f"{trial.key}.lock").exists, "the trial to begin")
-    time.sleep(0.2)
+    trial, log = LONG[0], tmp_path / "log"
+    process = start(f"go([LONG[0], TRIALS[1]], run=partial(holds, log=Path({str(log)!r}), at=5))")
+    wait_for(lambda: noted(log), "the trial to be in its course")
     os.killpg(process.pid, signal.SIGINT)
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate()
     lines = err.splitlines()
     assert lines[:2] == [
         "stopping at the end of the running epochs; Ctrl-C again to stop at once",
         "stopped with 0 trials done and the others at their checkpoints: the same command goes on from there",
     ]
     assert lines[-1] == "KeyboardInterrupt" and err.count("Traceback") == 1  # the parent's own, none of the worker
-    assert 0 < epoch_of(trial, runs) < EPOCHS
-    assert names(runs) == [f"{trial.key}.checkpoint"]
-    options = {"data_dir": data_dir, "device": "cpu", "progress": lambda epoch: None}
-    frame = run_trial(trial, checkpoint=runs / f"{trial.key}.checkpoint", **options)
-    write_result(trial, frame, results.environment(), runs=runs)
+    assert status(trial, runs) == ("checkpoint at epoch 5", None)
+    assert names(runs) == [f"{trial.key}.checkpoint", f"{trial.key}.partial.parquet"]
+    assert go([trial]) == [trial.key]
     assert_frame_equal(rows_of(trial, runs), undisturbed(trial), check_exact=True)
 
 
-def test_minutes_stop_and_the_next_call_goes_on(go, runs, undisturbed, capsys):
+def test_minutes_stop_and_the_next_call_goes_on(go, runs, undisturbed, capsys, monkeypatch, tmp_path):
     """No trial begins after the time; the running one leaves its checkpoint; the seconds of both pieces add up."""
-    assert go([LONG[0], TRIALS[1]], minutes=0.01) == []
+    log = tmp_path / "log"
+    monkeypatch.setattr(engine, "time", Clock(lambda: noted(log)))
+    assert go([LONG[0], TRIALS[1]], minutes=30, run=partial(holds, log=log, at=7)) == []
     assert capsys.readouterr().err == (
         "time is up, and 2 of 2 trials are not finished: the same command goes on from there\n"
     )
-    assert 0 < epoch_of(LONG[0], runs) < EPOCHS and status(TRIALS[1], runs) == ("to do", None)
+    assert [status(trial, runs)[0] for trial in (LONG[0], TRIALS[1])] == ["checkpoint at epoch 7", "to do"]
     checkpoint = runs / f"{LONG[0].key}.checkpoint"
     state = torch.load(checkpoint, weights_only=True)
-    torch.save(state | {"seconds": 1000.0}, checkpoint)
-    assert go([LONG[0], TRIALS[1]], minutes=5) == [LONG[0].key, TRIALS[1].key]
-    assert 1000 < read_result(LONG[0], runs)[1]["seconds"] < 1060
+    torch.save(state | {"seconds": 1e6}, checkpoint)
+    monkeypatch.undo()
+    assert go([LONG[0], TRIALS[1]], minutes=600) == [LONG[0].key, TRIALS[1].key]
+    assert 1e6 < read_result(LONG[0], runs)[1]["seconds"] < 2e6
     assert names(runs) == results_of([LONG[0], TRIALS[1]])
     assert_frame_equal(rows_of(LONG[0], runs), undisturbed(LONG[0]), check_exact=True)
 
@@ -378,12 +483,16 @@ def dask(tmp_path_factory):
         yield made
 
 
-def test_a_cluster_that_loses_a_worker_finishes_every_trial_once(start, runs, undisturbed, dask):
-    """One worker is killed in the middle of its trial, which another takes over at the checkpoint."""
-    process = start(f"go(LONG[:3], scheduler={dask.scheduler_address!r}, run=EAGER)")
-    wait_for(lambda: list(runs.glob("*.checkpoint")), "a checkpoint")
-    dask.workers[0].process.process.kill()
-    out, err = process.communicate(timeout=400)
+def test_a_cluster_that_loses_a_worker_finishes_every_trial_once(start, runs, undisturbed, dask, tmp_path):
+    """A worker is killed in the middle of its trial, which another takes over at the checkpoint."""
+    log = tmp_path / "log"
+    run = f"partial(holds_once, log=Path({str(log)!r}), at=6)"
+    process = start(f"go(LONG[:3], scheduler={dask.scheduler_address!r}, run={run})")
+    wait_for(lambda: noted(log), "a trial to be in its course")
+    key, worker = noted(log)[0]
+    assert (runs / f"{key}.checkpoint").exists()
+    os.kill(int(worker), signal.SIGKILL)
+    out, err = process.communicate()
     assert process.returncode == 0, err
     assert sorted(out.split()) == sorted(trial.key for trial in LONG[:3])
     assert names(runs) == results_of(LONG[:3])
@@ -403,14 +512,46 @@ def test_a_cluster_reports_what_raises_and_refuses_before_training(go, runs, tmp
     assert [status(trial, runs)[0] for trial in TRIALS[:2]] == ["to do", "done"]
 
 
-def test_a_cluster_stops_after_minutes_and_when_its_client_leaves(go, start, runs, dask, capsys):
-    """What nobody waits for any more stops at the end of its epoch, with a checkpoint; then the workers are free."""
-    assert go(LONG[:3], scheduler=dask.scheduler_address, minutes=0.01) == []
-    assert "time is up, and 3 of 3 trials are not finished" in capsys.readouterr().err
-    log = runs / "log"
-    run = f"partial(counts, log={str(log)!r}, pause=600)"
+@dataclass(frozen=True)
+class Held(cluster.Task):
+    """The time is up as soon as two trials note that they are in their course; ``unseen``: the workers have no runs."""
+
+    log: Path
+    client: int
+    unseen: bool
+
+    def __reduce__(self):
+        runs = self.runs / "elsewhere" if self.unseen else self.runs
+        return Held, (runs, *(getattr(self, field.name) for field in fields(self)[1:]))
+
+    @property
+    def left(self) -> float | None:
+        if os.getpid() == self.client:
+            wait_for(lambda: len(noted(self.log)) == 2, "two trials to be in their course")
+        return 0.0 if len(noted(self.log)) == 2 else None
+
+
+@pytest.mark.parametrize("unseen", [False, True])
+def test_a_cluster_stops_after_minutes_and_brings_rows_home(go, runs, undisturbed, dask, monkeypatch, tmp_path, unseen):
+    """The time is up in the middle of two trials' epochs, whether the workers see the folder of runs or not."""
+    log = tmp_path / "log"
+    monkeypatch.setattr(cluster, "Task", partial(Held, log=log, client=os.getpid(), unseen=unseen))
+    monkeypatch.setattr(cluster, "_checked", lambda *told: True)  # it would wait for what comes later
+    assert go(LONG[:3], scheduler=dask.scheduler_address, minutes=30, run=partial(holds, log=log, at=8)) == []
+    endings = ("partial.parquet",) if unseen else ("checkpoint", "partial.parquet")
+    assert names(runs) == sorted(f"{trial.key}.{ending}" for trial in LONG[:2] for ending in endings)
+    for trial in LONG[:2]:
+        frame, provenance = read_partial(trial, runs)
+        assert_frame_equal(frame, prefix(undisturbed(trial), 8), check_exact=True)
+        assert (provenance["unfinished"], provenance["epoch"]) == (True, 8)
+
+
+def test_a_cluster_stops_when_its_client_leaves(go, start, runs, dask, tmp_path):
+    """What nobody waits for any more stops at the end of its epoch; then the workers are free."""
+    log = tmp_path / "log"
+    run = f"partial(holds, log=Path({str(log)!r}), at=6)"
     process = start(f"go(LONG[:2], scheduler={dask.scheduler_address!r}, run={run})")
-    wait_for(lambda: log.exists() and len(log.read_text().splitlines()) == 2, "both workers to be busy")
+    wait_for(lambda: len(noted(log)) == 2, "both workers to be busy")
     process.kill()
     assert set(go(TRIALS[:2], scheduler=dask.scheduler_address, run=counts)) == {trial.key for trial in TRIALS[:2]}
 
@@ -566,8 +707,42 @@ sys.meta_path = [Bare if finder is PathFinder else finder for finder in sys.meta
     assert len(found.trials) == 1 and set(found.rows["metric"]) > {"loss", "error"}
 
 
+def test_minutes_on_the_command_line_bring_rows_home_without_a_repository(tmp_path, data_dir, undisturbed):
+    """A copy of the project, as it would be unpacked on another machine; the time is up in the middle of an epoch."""
+    copy = tmp_path / "copy"
+    shutil.copytree(paths.PROJECT / "src", copy / "src", ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
+    (copy / "train.py").write_text(HELD.format(log=str(tmp_path / "log"), at=8))
+    path = os.pathsep.join([str(copy / "src"), str(Path(__file__).parent)])
+    environment = os.environ | {"PYTHONPATH": path, "GIT_CEILING_DIRECTORIES": str(tmp_path)}
+    command = [sys.executable, "train.py", "train", "held", "--scale", "cpu", "--data-dir", str(data_dir)]
+    done = subprocess.run([*command, "--minutes", "9"], cwd=copy, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout == "", done.stderr
+    assert done.stderr == "time is up, and 1 of 1 trials are not finished: the same command goes on from there\n"
+    trial, runs = LONG[0], copy / "results" / "runs"
+    frame, provenance = read_partial(trial, runs)
+    assert_frame_equal(frame, prefix(undisturbed(trial), 8), check_exact=True)
+    assert not frame.equals(prefix(undisturbed(trial), 7))
+    assert (provenance["commit"], provenance["dirty"], provenance["epoch"]) == ("none", False, 8)
+    assert names(copy / "results") == ["runs"]  # nothing is merged
+
+
+HELD = """\
+from functools import partial
+from pathlib import Path
+from labelaug import engine
+from labelaug.cli import main
+from labelaug.studies import STUDIES
+from test_engine import LONG, Clock, holds, noted
+if __name__ == "__main__":
+    log = Path({log!r})
+    engine.time = Clock(lambda: noted(log))
+    engine.run_trials = partial(engine.run_trials, run=partial(holds, log=log, at={at}))
+    STUDIES["held"] = lambda scale: [LONG[0]]
+    main()
+"""
+
 BARE = """\
-from dataclasses import replace
+from dataclasses import dataclass, fields, replace
 from labelaug.cli import main
 from labelaug.studies import STUDIES
 from labelaug.trials import Images

@@ -329,14 +329,16 @@ def test_a_stopped_trial_goes_on_with_the_same_bits(folder, tmp_path, undisturbe
     with pytest.raises(Stopped):
         run_trial(MIXUP, data_dir=folder, checkpoint=checkpoint, progress=stop)
     assert torch.load(checkpoint, weights_only=True)["epoch"] == stop_at
+    state = torch.load(checkpoint, weights_only=True)
+    assert state["seconds"] > 0
+    torch.save(state | {"seconds": 1000.0}, checkpoint)
     began = time.perf_counter()
     frame = run_trial(MIXUP, data_dir=folder, checkpoint=checkpoint, progress=epochs.append)
     second = time.perf_counter() - began
     assert epochs == list(range(stop_at + 1, 7))
     assert without_seconds(frame).equals(without_seconds(undisturbed))
-    first = torch.load(checkpoint, weights_only=True)["seconds"]
     seconds = frame.loc[frame["metric"] == "seconds", "value"].item()
-    assert second < seconds <= first + second  # all pieces count
+    assert 1000 < seconds <= 1000 + second  # all pieces count
 
 
 def test_checkpoints_are_written_as_often_as_asked(folder, tmp_path):
@@ -350,6 +352,32 @@ def test_checkpoints_are_written_as_often_as_asked(folder, tmp_path):
     assert times == [None, 1, 2, 3, 4, 5]
     run_trial(BASE, data_dir=folder, checkpoint=tmp_path / "u.checkpoint", checkpoint_seconds=3600)
     assert [p.name for p in tmp_path.iterdir()] == ["t.checkpoint"]  # and no part is left behind
+
+
+def test_rows_are_kept_as_often_as_the_state_and_are_the_first_of_all(folder, tmp_path, undisturbed):
+    """After every epoch, after none, and at a stop: right after the state, with the time that they took as last row."""
+    parts, epochs = [], []
+
+    def keep(rows):
+        parts.append(rows)
+        epochs.append(torch.load(tmp_path / "t.checkpoint", weights_only=True)["epoch"])
+
+    run_trial(MIXUP, data_dir=folder, checkpoint=tmp_path / "t.checkpoint", checkpoint_seconds=0, keep=keep)
+    assert epochs == [1, 2, 3, 4, 5, 6]
+    for epoch, rows in enumerate(parts, start=1):
+        first = undisturbed[(undisturbed["epoch"] <= epoch) & ~undisturbed["metric"].isin(["seconds", "diverged"])]
+        assert without_seconds(rows).equals(first.reset_index(drop=True))
+        assert rows.iloc[-1][["epoch", "metric"]].tolist() == [epoch, "seconds"] and rows.iloc[-1]["value"] > 0
+
+    def stop(epoch):
+        if epoch == 2:
+            raise Stopped
+
+    kept = []
+    run_trial(MIXUP, data_dir=folder, keep=kept.append)  # within a minute
+    with pytest.raises(Stopped):
+        run_trial(MIXUP, data_dir=folder, progress=stop, keep=kept.append)
+    assert len(kept) == 1 and without_seconds(kept[0]).equals(without_seconds(parts[1]))
 
 
 @pytest.mark.parametrize("damage", ["cut", "foreign", "garbage"])

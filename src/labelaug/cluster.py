@@ -11,7 +11,7 @@ import pandas as pd
 import torch
 
 from labelaug import paths, results
-from labelaug.engine import GO_ON, Display, TrainingError, has_result, lock, say, why, write_result
+from labelaug.engine import GO_ON, Display, TrainingError, has_result, lock, say, why, write_partial, write_result
 from labelaug.trials import Stopped, Trial, TrialRefused, check_trial
 
 CONNECT = 10.0  # seconds without an answer after which a scheduler is given up
@@ -120,6 +120,10 @@ def _take(future, trial: Trial, task: Task, display: Display) -> None:
                 display.finished(trial, write_result(trial, *told, runs=task.runs))
             else:
                 display.not_ours(trial, "another process has it in hand")
+    if kind == "stopped" and told:
+        with lock(trial, task.runs) as held:
+            if held and not has_result(trial, task.runs):
+                write_partial(trial, *told, runs=task.runs)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -133,7 +137,7 @@ def _check(todo: Sequence[Trial], task: Task) -> None:
 
 
 def _remote(trial: Trial, task: Task) -> tuple:
-    """Train one trial: "done" with rows and environment, "failed" with a sentence, or "stopped"."""
+    """Train one trial: "done" with rows and environment, "failed" with a sentence, "stopped" with what there is."""
     from distributed import get_worker
 
     worker = get_worker()
@@ -145,15 +149,23 @@ def _remote(trial: Trial, task: Task) -> tuple:
         if task.left == 0 or known is None or known.state == "cancelled":  # time is up, or nobody waits for it
             raise Stopped
 
-    shared = task.runs.is_dir()
+    shared, rows = task.runs.is_dir(), None
+
+    def keep(frame: pd.DataFrame) -> None:
+        nonlocal rows
+        rows = frame
+        if shared:
+            write_partial(trial, frame, _environment(task.device), runs=task.runs)
+
     checkpoint = (task.runs if shared else Path(worker.local_directory)) / f"{trial.key}.checkpoint"
+    options = {"data_dir": task.images, "device": task.device, "checkpoint": checkpoint}
     try:
         _one_at_a_time()
         if task.left == 0:
             raise Stopped
-        frame = task.run(trial, data_dir=task.images, device=task.device, checkpoint=checkpoint, progress=progress)
+        frame = task.run(trial, **options, progress=progress, keep=keep)
     except Stopped:
-        return ("stopped",)
+        return ("stopped",) if rows is None else ("stopped", rows, _environment(task.device))
     except Exception as error:
         return ("failed", why(error))
     if not shared:  # a shared one goes when the result is written

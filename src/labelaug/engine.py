@@ -1,7 +1,8 @@
 """Studies trained: what is missing is run, here or on a cluster, goes on after any stop, and is merged into one file.
 
-In the runs folder a trial has up to three files under its key: ``<key>.parquet``, its result; ``<key>.checkpoint``, how
-far it has come; ``<key>.lock``, held by the process that trains it (the kernel lets go of it when its holder dies).
+In the runs folder a trial has up to four files under its key: ``<key>.parquet``, its result; ``<key>.checkpoint``, how
+far it has come; ``<key>.partial.parquet``, its rows up to there, a small file that is never taken for a result;
+``<key>.lock``, held by the process that trains it (the kernel lets go of it when its holder dies).
 """
 
 import fcntl
@@ -17,6 +18,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
+from functools import partial
 from multiprocessing import connection, resource_tracker
 from pathlib import Path
 
@@ -53,8 +55,8 @@ def run_trials(
 
     Args: data_dir: folder of the image sets (None on a cluster: each worker's own); scheduler: address of a dask
         scheduler, used in place of ``workers`` processes here; minutes: after which no trial is begun, and running
-        ones stop at the end of their epoch, with a checkpoint; run: what trains one, with the arguments of
-        ``run_trial``.
+        ones stop at the end of their epoch, with a checkpoint and their rows so far; run: what trains one, with the
+        arguments of ``run_trial``.
     Returns: keys of the trials whose results were written by this call.
     Raises: TrialRefused before anything is trained; TrainingError when all is done that can be and a trial failed, or
         if the cluster cannot be used.
@@ -84,15 +86,28 @@ def read_result(trial: Trial, runs: Path) -> tuple[pd.DataFrame, dict] | None:
     """Rows and provenance of a finished trial; None if it has no result.
 
     A description may lack fields that came later: the key says that they have their neutral default.
+    Raises: ResultsError if the file is damaged, not this trial's, or holds the rows of a trial that is not finished.
+    """
+    return _read(trial, Path(runs) / f"{trial.key}.parquet", unfinished=False)
+
+
+def read_partial(trial: Trial, runs: Path) -> tuple[pd.DataFrame, dict] | None:
+    """Rows so far of a trial that was stopped, the first ones of those of its result; None if there are none.
+
+    The provenance is that of a result, with ``unfinished``: True, and ``epoch``: how many are whole.
     Raises: ResultsError if the file is damaged or not this trial's.
     """
-    path = Path(runs) / f"{trial.key}.parquet"
+    return _read(trial, Path(runs) / f"{trial.key}.partial.parquet", unfinished=True)
+
+
+def _read(trial: Trial, path: Path, *, unfinished: bool) -> tuple[pd.DataFrame, dict] | None:
     if not path.exists():
         return None
     frame, provenance = results.read_table(path)
     ours = list(frame.columns) == COLUMNS and set(frame["key"]) == {trial.key}
+    ours &= provenance.get("unfinished", False) == unfinished
     if not ours or not _agrees(provenance.get("description"), results.described(trial, 0.0)["description"]):
-        raise ResultsError(f"{path} is not the result of {trial.label}")
+        raise ResultsError(f"{path} is not the result of {trial.label}{', as far as it is' if unfinished else ''}")
     return frame, provenance
 
 
@@ -106,17 +121,29 @@ def has_result(trial: Trial, runs: Path, *, say: Callable[[str], None] = lambda 
 
 
 def write_result(trial: Trial, frame: pd.DataFrame, environment: dict, *, runs: Path) -> float:
-    """Write a trial's result, then drop its checkpoint. Returns: seconds of training, over all its pieces.
+    """Write a trial's result, then drop its checkpoint and partial rows. Returns: seconds of training, in all pieces.
 
     The rows kept are a function of the description; the training's wall time goes into the provenance.
     Args: frame: rows as ``run_trial`` returns them; environment: of the process that trained.
     """
+    seconds = _write(trial, frame, environment, runs / f"{trial.key}.parquet")
+    for name in ("checkpoint", "partial.parquet"):
+        (runs / f"{trial.key}.{name}").unlink(missing_ok=True)
+    return seconds
+
+
+def write_partial(trial: Trial, frame: pd.DataFrame, environment: dict, *, runs: Path) -> None:
+    """Write the rows of a running trial, as ``run_trial`` keeps them, over those that were written before."""
+    mark = {"unfinished": True, "epoch": int(frame["epoch"].iloc[-1])}
+    _write(trial, frame, environment | mark, runs / f"{trial.key}.partial.parquet")
+
+
+def _write(trial: Trial, frame: pd.DataFrame, environment: dict, path: Path) -> float:
     timing = (frame["split"] == "train") & (frame["metric"] == "seconds")
     seconds = float(frame.loc[timing, "value"].iloc[-1])
     provenance = environment | {"created": datetime.now(UTC).isoformat(timespec="seconds")}
     rows = frame.loc[~timing, COLUMNS].reset_index(drop=True)
-    results.write_parquet(runs / f"{trial.key}.parquet", rows, provenance | results.described(trial, seconds))
-    (runs / f"{trial.key}.checkpoint").unlink(missing_ok=True)
+    results.write_parquet(path, rows, provenance | results.described(trial, seconds))
     return seconds
 
 
@@ -179,6 +206,9 @@ def status(trial: Trial, runs: Path) -> tuple[str, float | None]:
     if checkpoint.exists():
         with suppress(Exception):  # a damaged checkpoint may raise anything; the next run tells of it
             return f"checkpoint at epoch {torch.load(checkpoint, weights_only=True, map_location='cpu')['epoch']}", None
+    with suppress(ResultsError):
+        if found := read_partial(trial, runs):
+            return f"rows up to epoch {found[1]['epoch']}", None
     return "to do", None
 
 
@@ -453,9 +483,10 @@ def _train(trial: Trial, pipe, device: str, runs: Path, data_dir: Path, run, env
             return ("there",)
         for part in runs.glob(f".{trial.key}.*.part"):  # of a process that was killed while it wrote
             part.unlink()
-        checkpoint = runs / f"{trial.key}.checkpoint"
+        options = {"data_dir": data_dir, "device": device, "checkpoint": runs / f"{trial.key}.checkpoint"}
+        keep = partial(write_partial, trial, environment=environment, runs=runs)
         try:
-            frame = run(trial, data_dir=data_dir, device=device, checkpoint=checkpoint, progress=progress)
+            frame = run(trial, **options, progress=progress, keep=keep)
         except Stopped:
             return ("stopped",)
         return ("done", write_result(trial, frame, environment, runs=runs))

@@ -23,6 +23,7 @@ from labelaug.measure import calibration_error, class_error, outputs_and_activat
 from labelaug.measure import within_class_variance as variance
 from labelaug.targets import one_hot_targets
 from labelaug.training.deep import (
+    COLUMNS,
     LOSSES,
     DeepSetting,
     autocast,
@@ -176,6 +177,7 @@ def run_trial(
     checkpoint: Path | None = None,
     checkpoint_seconds: float = 60.0,
     progress: Callable[[int], None] = lambda epoch: None,
+    keep: Callable[[pd.DataFrame], None] = lambda rows: None,
 ) -> pd.DataFrame:
     """Run one trial and return its rows ``key, seed, step, epoch, split, metric, value``.
 
@@ -187,7 +189,8 @@ def run_trial(
 
     Args: checkpoint: where the state is kept, at least ``checkpoint_seconds`` apart and always before Stopped leaves;
         a file of the same trial is gone on from, and one that is damaged or of another trial is told of and ignored;
-        progress: called with the number of whole epochs; what it raises stops the trial.
+        progress: called with the number of whole epochs; what it raises stops the trial; keep: called with the rows so
+        far, ("train", "seconds") being the last, as often as the state is kept and right after it.
     Raises: TrialRefused; Stopped, from ``progress``.
     """
     check_trial(trial, data_dir=data_dir, device=device)
@@ -213,7 +216,7 @@ def run_trial(
             teacher=teacher,
             compiled=_pays(trial.setting, len(data.parts["train"][0]), device),
             resume=state,
-            after_epoch=_keeper(checkpoint, trial.key, checkpoint_seconds, progress, began - before),
+            after_epoch=_keeper(checkpoint, trial, checkpoint_seconds, progress, began - before, keep),
         )
     frame = frame.assign(key=trial.key)
     last = frame.iloc[[-1]]
@@ -431,18 +434,16 @@ def _train_teacher(teacher: Trial, model, data: Prepared, checkpoint, checkpoint
         measure=lambda model: {},
         compiled=_pays(teacher.setting, len(data.parts["train"][0]), data.mean.device.type),
         resume=state,
-        after_epoch=_keeper(
-            state_file, teacher.key, checkpoint_seconds, lambda epoch: progress(0), time.perf_counter()
-        ),
+        after_epoch=_keeper(state_file, teacher, checkpoint_seconds, lambda epoch: progress(0), time.perf_counter()),
     )
     if state_file is not None:
         state_file.unlink(missing_ok=True)
 
 
-def _keeper(path: Path | None, key: str, every: float, progress: Callable[[int], None], began: float):
-    """What ``train`` calls after an epoch: it tells ``progress`` and saves the state, at least ``every`` seconds apart.
+def _keeper(path: Path | None, trial: Trial, every: float, progress, began: float, keep=lambda rows: None):
+    """What ``train`` calls after an epoch: it tells ``progress`` and keeps state and rows, ``every`` seconds apart.
 
-    Stopped, from ``progress``, leaves after the state is saved. ``began``: when the training did, less earlier pieces.
+    Stopped, from ``progress``, leaves after both are kept. ``began``: when the training did, less earlier pieces.
     """
     saved = time.perf_counter()
 
@@ -454,13 +455,22 @@ def _keeper(path: Path | None, key: str, every: float, progress: Callable[[int],
         except Stopped as stopped:
             stop = stopped
         now = time.perf_counter()
-        if path is not None and (stop or now - saved >= every):
-            _save(path, {**make_state(), "trial": key, "seconds": now - began})
+        if stop or now - saved >= every:
+            state = {**make_state(), "trial": trial.key, "seconds": now - began}
+            if path is not None:
+                _save(path, state)
+            keep(_rows_so_far(trial, state))
             saved = now
         if stop:
             raise stop
 
     return after_epoch
+
+
+def _rows_so_far(trial: Trial, state: dict) -> pd.DataFrame:
+    """The rows of a state, as ``run_trial`` returns them but for the last: whether it diverges is not known yet."""
+    rows = [*state["rows"], (state["step"], state["epoch"], "train", "seconds", state["seconds"])]
+    return pd.DataFrame(rows, columns=COLUMNS[2:]).assign(key=trial.key, seed=trial.seed)[COLUMNS]
 
 
 def _load(path: Path | None, key: str) -> dict | None:
