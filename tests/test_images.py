@@ -3,6 +3,7 @@
 import gzip
 import hashlib
 import http.server
+import io
 import os
 import pickle
 import re
@@ -11,6 +12,7 @@ import subprocess
 import sys
 import tarfile
 import threading
+import zipfile
 from functools import cache, partial
 from pathlib import Path
 
@@ -309,11 +311,115 @@ BAD_NPZ = {
     "y_test holds 0..3": lambda c: c | {"y_test": c["y_test"] + (np.arange(6) == 5)},
     "y_train holds -1..2": lambda c: c | {"y_train": c["y_train"] - (np.arange(12) == 0)},
     "y_train holds 0..1152921504606846976": lambda c: c | {"y_train": np.where(c["y_train"] == 2, 2**60, c["y_train"])},
-    "not labels of 2 classes": lambda c: c | {"names": np.array(["cat", "dog"])},
+    "y_train holds 0..9223372036854775808,": lambda c: c | {"y_train": c["y_train"].astype(np.uint64) << 62},
+    "y_train holds 1..3, not labels 0..2 of 3 classes": lambda c: c | {f"y_{k}": c[f"y_{k}"] + 1 for k in PARTS},
+    "not labels 0..1 of 2 classes": lambda c: c | {"names": np.array(["cat", "dog"])},
     "each once": lambda c: c | {"names": np.array(["cat", "dog", "cat"])},
     "names must be a list of strings": lambda c: c | {"names": np.arange(3)},
-    "Object arrays cannot be loaded": lambda c: c | {"x_train": c["x_train"].astype(object)},
+    "its array x_train is damaged, too large, or holds objects": lambda c: c | {"x_train": c["x_train"].astype(object)},
+    "its array names is damaged, too large, or holds objects": lambda c: c | {"names": np.array(["cat", None, 3])},
+    "class name '' is not 1 to 60 printable letters": lambda c: c | {"names": np.array(["cat", "", "dog"])},
+    "class name 'a\\nb' is not": lambda c: c | {"names": np.array(["a\nb", "cat", "dog"])},
+    "class name 'cat ' is not": lambda c: c | {"names": np.array(["cat", "cat ", "dog"])},
+    "class name '\\u202ecat' is not": lambda c: c | {"names": np.array(["\u202ecat", "cat", "dog"])},
+    f"class name '{60 * 'x'}' is not": lambda c: c | {"names": np.array([61 * "x", "cat", "dog"])},
 }
+PARTS = ("train", "test")
+
+
+def with_images(own, *shape):
+    """The set with images of this shape, random, in place of its own."""
+    rng = np.random.default_rng(4)
+    return own | {f"x_{k}": rng.integers(0, 256, (len(own[f"y_{k}"]), *shape), np.uint8) for k in PARTS}
+
+
+@pytest.mark.parametrize("shape", [(3, 32, 32), (1, 28, 28), (4, 6, 6), (3, 32, 30), (3, 4, 4), (3, 3, 3), (8, 8, 2)])
+def test_channels_stand_last(shape, tmp_path, own):
+    """Channels first, as torch has them, or what could be that, is no image of three rows; nor are there two channels.
+
+    With the channels last the same images are read, but those of 3×3 pixels, which are both.
+    """
+    content = with_images(own, *shape)
+    write_npz("own", tmp_path, content)
+    message = rf"x_train must be \[n, H, W, C\].*\[12, {', '.join(map(str, shape))}\]"
+    with pytest.raises(DataError, match=message):
+        load_images("own", tmp_path)
+    write_npz("own", tmp_path, content | {f"x_{k}": content[f"x_{k}"].transpose(0, 2, 3, 1) for k in PARTS})
+    if shape[0] < 5 and shape != (3, 3, 3):
+        assert load_images("own", tmp_path).x_train.shape == (12, *shape[1:], shape[0])
+
+
+@pytest.mark.parametrize("shape", [(8, 9), (8, 9, 1), (8, 9, 3), (8, 9, 4), (4, 4, 3), (3, 4, 1)])
+def test_images_of_one_three_or_four_channels_are_read(shape, tmp_path, own):
+    content = with_images(own, *shape)
+    write_npz("own", tmp_path, content)
+    read = load_images("own", tmp_path).x_train
+    assert read.shape == (12, *(shape if len(shape) == 3 else (*shape, 1)))
+    assert sorted(map(bytes, read)) == sorted(map(bytes, content["x_train"]))
+
+
+def test_images_with_their_number_last_are_refused(tmp_path, own):
+    """As Matlab's files have them: H×W×C×N."""
+    content = with_images(own, 32, 32, 3)
+    write_npz("own", tmp_path, content | {f"x_{k}": content[f"x_{k}"].transpose(1, 2, 3, 0) for k in PARTS})
+    with pytest.raises(DataError, match=r"x_train must be \[n, H, W, C\] .* not \[32, 32, 3, 12\]"):
+        load_images("own", tmp_path)
+
+
+def zipped(path, members):
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, content in members.items():
+            archive.writestr(name, content)
+
+
+def huge_header(path):
+    """Four arrays whose headers ask for 3 PB and that hold nothing."""
+    head = io.BytesIO()
+    shape = (10**9, 1000, 1000, 3)
+    np.lib.format.write_array_header_1_0(head, {"descr": "|u1", "fortran_order": False, "shape": shape})
+    zipped(path, {f"{name}.npy": head.getvalue() for name in ARRAYS})
+
+
+def single_array(path):
+    with open(path, "wb") as file:
+        np.save(file, np.zeros(3))
+
+
+NO_NPZ = {
+    "a text page": (lambda path: path.write_text("<!DOCTYPE html><html>404</html>"), "no whole npz file"),
+    "nothing": (lambda path: path.write_bytes(b""), "no whole npz file"),
+    "a pickle": (lambda path: path.write_bytes(pickle.dumps({"x_train": 1})), "no whole npz file"),
+    "gzip": (lambda path: path.write_bytes(gzip.compress(b"x_train")), "no whole npz file"),
+    "one array": (single_array, "no whole npz file"),
+    "another zip": (lambda path: zipped(path, {"notes.txt": "x"}), "no array x_train"),
+    "text for arrays": (lambda path: zipped(path, dict.fromkeys(ARRAYS, "x")), "x_train in it is no array"),
+    "a huge header": (huge_header, "its array x_train is damaged, too large"),
+}
+
+
+@pytest.mark.parametrize("kind", NO_NPZ)
+def test_another_file_under_the_name_is_told_in_our_words(kind, tmp_path):
+    """NumPy's own advise loading it unsafely."""
+    write, sentence = NO_NPZ[kind]
+    write(tmp_path / "own.npz")
+    with pytest.raises(DataError, match=f"'own' is there but cannot be read .*own.npz.*{sentence}") as caught:
+        load_images("own", tmp_path)
+    assert not re.search("pickle|unsafe|trust", str(caught.value))
+
+
+def test_a_truncated_npz_is_told_in_our_words(tmp_path, own):
+    whole = (tmp_path / "own.npz").read_bytes()
+    for kept in (10, len(whole) // 2, len(whole) - 1):
+        (tmp_path / "own.npz").write_bytes(whole[:kept])
+        with pytest.raises(DataError, match="no whole npz file"):
+            load_images("own", tmp_path)
+
+
+def test_digits_of_ones_own_are_not_passed_over_in_silence(tmp_path, own):
+    load_images("digits", tmp_path)
+    write_npz("digits", tmp_path, own)
+    with pytest.raises(DataError, match=r"scikit-learn's own, and .*digits\.npz is not read: rename it"):
+        load_images("digits", tmp_path)
 
 
 @pytest.mark.parametrize("sentence", BAD_NPZ)

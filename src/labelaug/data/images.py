@@ -13,6 +13,7 @@ import os
 import re
 import socket
 import tempfile
+import zipfile
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -23,6 +24,8 @@ import torch
 from labelaug import _torchvision
 
 TIMEOUT = 30.0  # seconds without an answer after which a download is given up
+CHANNELS = (1, 3, 4)  # that the last axis of images may have: grey, colour, and colour with a fourth
+LONGEST_NAME = 60  # letters of a class name, which stands in captions and legends
 
 
 class DataMissing(FileNotFoundError):
@@ -131,15 +134,19 @@ def load_images(name: str, data_dir: str | Path) -> ImageSet:
     ``NAME.npz``, and ``digits``, scikit-learn's built-in 8×8 images, which need no file. An npz file holds
     ``x_train, x_test`` (uint8 ``[n, H, W, C]`` or ``[n, H, W]``), ``y_train, y_test`` (integers ``[n]``, 0..K-1) and,
     where the classes have names, ``names`` (K strings); without names, K is the number of labels used in ``y_train``.
+    C is 1, 3 or 4. What could as well be ``[n, C, H, W]``, with a second axis of 1, 3 or 4 and two equal ones behind
+    it, is refused. Names differ from each other, are printable and have 1 to 60 letters, the first and last no space.
 
     Raises: ValueError for a name that cannot be a file's; DataMissing if the set is not there; DataError if it is there
     and truncated, altered, malformed or, for a published set, not the published content.
     """
     if not re.fullmatch(r"\w[\w.-]*", name):
         raise ValueError(f"an image set's name is made of letters, digits, '-', '_' and '.', got {name!r}")
-    if name == "digits":
-        return _canonical(name, "scikit-learn's digits", *_read_digits())
     folder = Path(data_dir).expanduser()
+    if name == "digits":
+        if _stat(folder / "digits.npz"):
+            raise DataError(f"'digits' are scikit-learn's own, and {folder / 'digits.npz'} is not read: rename it")
+        return _canonical(name, "scikit-learn's digits", *_read_digits())
     layout, npz = LAYOUTS.get(name), folder / f"{name}.npz"
     if _has_layout(name, folder):
         _torchvision.load()  # outside the guard below: a torchvision that does not import is no fault of the data
@@ -371,17 +378,31 @@ def _read_layout(layout: _Layout, folder: Path) -> tuple:
 
 
 def _read_npz(path: Path) -> tuple:
-    with open(path, "rb") as stream, np.load(stream, allow_pickle=False) as file:
-        for key in ("x_train", "y_train", "x_test", "y_test"):
-            if key not in file:
-                raise ValueError(f"it has no array {key}")
-        names = None
-        if "names" in file:
-            names = file["names"]
-            if names.dtype.kind != "U" or names.ndim != 1:
-                raise ValueError(f"names must be a list of strings, not {names.dtype} {list(names.shape)}")
-            names = tuple(names.tolist())
-        return names, file["x_train"], file["y_train"], file["x_test"], file["y_test"]
+    with open(path, "rb") as stream:
+        if not zipfile.is_zipfile(stream):  # NumPy would take it for a pickle, and advise to load it
+            raise ValueError("it is no whole npz file, as numpy.savez writes it")
+        stream.seek(0)
+        with np.load(stream, allow_pickle=False) as file:
+            names = None
+            if "names" in file:
+                names = _array(file, "names")
+                if names.dtype.kind != "U" or names.ndim != 1:
+                    raise ValueError(f"names must be a list of strings, not {names.dtype} {list(names.shape)}")
+                names = tuple(names.tolist())
+            return names, *(_array(file, key) for key in ("x_train", "y_train", "x_test", "y_test"))
+
+
+def _array(file, key: str) -> np.ndarray:
+    """One array of an open npz file; what is none is told in our words, for NumPy's advise to load it unsafely."""
+    if key not in file:
+        raise ValueError(f"it has no array {key}")
+    try:
+        array = file[key]
+    except Exception as error:  # objects, a header that cannot be, a wrong checksum: nearly anything is raised
+        raise ValueError(f"its array {key} is damaged, too large, or holds objects in place of numbers") from error
+    if not isinstance(array, np.ndarray):
+        raise ValueError(f"{key} in it is no array")
+    return array
 
 
 def _read_digits() -> tuple:
@@ -401,11 +422,16 @@ def _canonical(name, source, names, x_train, y_train, x_test, y_test) -> ImageSe
     if x_train.shape[1:] != x_test.shape[1:]:
         raise ValueError(f"x_train holds images {x_train.shape[1:]}, x_test {x_test.shape[1:]}")
     classes = CLASSES.get(name) or names or tuple(str(code) for code in range(len(np.unique(y_train))))
+    for word in classes:
+        if not word.isprintable() or word.strip() != word or not 0 < len(word) <= LONGEST_NAME:
+            raise ValueError(f"the class name {word[:LONGEST_NAME]!r} is not 1 to {LONGEST_NAME} printable letters")
     if names not in (None, classes) or len(set(classes)) != len(classes):
         raise ValueError(f"its class names ({', '.join(names[:3])}, …) are not those of {name}, each once")
     for part, y in (("train", y_train), ("test", y_test)):
         if y.min() < 0 or y.max() >= len(classes):
-            raise ValueError(f"y_{part} holds {y.min()}..{y.max()}, not labels of {len(classes)} classes")
+            raise ValueError(
+                f"y_{part} holds {y.min()}..{y.max()}, not labels 0..{len(classes) - 1} of {len(classes)} classes"
+            )
 
     arrays = (*_in_order(x_train, y_train), *_in_order(x_test, y_test))
     digest = hashlib.sha256(json.dumps([classes, x_train.shape, x_test.shape]).encode())
@@ -417,16 +443,20 @@ def _canonical(name, source, names, x_train, y_train, x_test, y_test) -> ImageSe
 def _checked(part: str, x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     if x.dtype != np.uint8 or x.ndim not in (3, 4) or x.size == 0:
         raise ValueError(f"x_{part} must be uint8 [n, H, W, C] or [n, H, W], n > 0, not {x.dtype} {list(x.shape)}")
+    if x.ndim == 4 and x.shape[3] not in CHANNELS:
+        raise ValueError(f"x_{part} must be [n, H, W, C] with C = 1, 3 or 4 channels last, not {list(x.shape)}")
+    if x.ndim == 4 and x.shape[1] in CHANNELS and x.shape[2] == x.shape[3]:
+        raise ValueError(f"x_{part} must be [n, H, W, C], and {list(x.shape)} could be [n, C, H, W]")
     if y.dtype.kind not in "iu" or y.shape != x.shape[:1]:
         raise ValueError(f"y_{part} must be {len(x)} integers, not {y.dtype} {list(y.shape)}")
-    return x if x.ndim == 4 else x[..., None], y.astype(np.int64)
+    return x if x.ndim == 4 else x[..., None], y
 
 
 def _in_order(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Sort images ``[n, H, W, C]`` by label, then SHA-1 of their bytes."""
+    """Sort images ``[n, H, W, C]`` by label, then SHA-1 of their bytes; labels come back as int64."""
     out = np.empty(x.shape, np.uint8)  # C order; channel by channel is three times faster than ascontiguousarray
     x = np.stack([x[..., channel] for channel in range(x.shape[3])], axis=-1, out=out)
     hashes = (hashlib.sha1(image, usedforsecurity=False).digest() for image in x)
     keys = list(zip(y.tolist(), hashes, strict=True))
     order = sorted(range(len(keys)), key=keys.__getitem__)
-    return x[order], y[order]
+    return x[order], y[order].astype(np.int64)
