@@ -1,11 +1,13 @@
 """The networks against torchvision's own, their start, and their sizes."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
 
 from labelaug._torchvision import load
-from labelaug.models import mlp, resnet, vgg16
+from labelaug.models import _Shortcut, mlp, resnet, vgg16
 
 BUILD = {
     "mlp": lambda generator, width=6: mlp(3, (width,), 4, generator=generator),
@@ -45,6 +47,25 @@ def torchvision_vgg16(num_classes):
         )
 
 
+def gradients(layer, x, weights):
+    """Of the weighted sum of a layer's outputs, with respect to its inputs and its parameters."""
+    x = x.detach().requires_grad_()
+    return torch.autograd.grad((layer(x) * weights).sum(), [x, *layer.parameters()])
+
+
+def convolved(network, x):
+    """Every convolution of the network, what it gets, and the shape of what it gives."""
+    seen, hooks = [], []
+    for layer in network.modules():
+        if isinstance(layer, nn.Conv2d):
+            hooks.append(layer.register_forward_hook(lambda *call: seen.append((call[0], call[1][0], call[2].shape))))
+    with torch.no_grad():
+        network(x)
+    for hook in hooks:
+        hook.remove()
+    return seen
+
+
 def alike(ours, theirs, x):
     """Give theirs the numbers of ours; hold outputs against each other, with and without the batch's own statistics."""
     theirs.load_state_dict({name: tensor.clone() for name, tensor in ours.state_dict().items()}, assign=True)
@@ -66,6 +87,63 @@ def test_resnet_is_torchvisions_with_a_small_stem(depth, parameters):
     names = [(name, tensor.shape) for name, tensor in ours.state_dict().items()]
     assert sorted(names) == sorted((name, tensor.shape) for name, tensor in theirs.state_dict().items())
     alike(ours.double(), theirs, torch.randn(3, 3, 10, 12, generator=seeded(1), dtype=torch.float64))
+
+
+@pytest.mark.parametrize("stride", [1, 2, 3])
+@pytest.mark.parametrize("size", [(6, 9), (1, 2)])
+def test_a_shortcut_is_the_strided_convolution(stride, size):
+    """torchvision's own two layers, in float64: outputs, all gradients, statistics and the names of the numbers."""
+    ours = _Shortcut(3, 6, stride).double()
+    theirs = nn.Sequential(nn.Conv2d(3, 6, 1, stride, bias=False), nn.BatchNorm2d(6)).double()
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            parameter.uniform_(-1, 1, generator=seeded(2))
+    ours.load_state_dict(theirs.state_dict())
+    x = torch.randn(4, 3, *size, generator=seeded(1), dtype=torch.float64)
+    found, expected = ours(x), theirs(x)
+    weights = torch.randn(expected.shape, generator=seeded(3), dtype=torch.float64)
+    pairs = [(found, expected), *zip(gradients(ours, x, weights), gradients(theirs, x, weights), strict=True)]
+    for one, other in [*pairs, (ours[1].running_var, theirs[1].running_var)]:
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)  # sums of at most 216 products
+    if stride == 2 and size[0] > 1:
+        others = theirs(x.roll(1, 3))  # the other columns of pixels are another function
+        assert (others - expected).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("name", [name for name in BUILD if name != "mlp"])
+def test_no_convolution_of_one_pixel_is_strided(name):
+    """oneDNN's AVX2 kernels for its gradient write beyond their buffers; a layer of torchvision's is the control."""
+
+    def strided(model):
+        convolutions = [layer for layer in model.modules() if isinstance(layer, nn.Conv2d)]
+        assert len(convolutions) > 10
+        return [layer for layer in convolutions if layer.kernel_size == (1, 1) and layer.stride != (1, 1)]
+
+    assert not strided(BUILD[name](seeded()))
+    assert len(strided(torchvision_resnet(18, 10))) == 3
+
+
+@pytest.mark.parametrize("channels", [1, 2, 3])
+@pytest.mark.parametrize("width", [1, 2, 3, 4, 6, 8])
+def test_gradients_in_channels_last_are_those_of_contiguous_float64(channels, width):
+    """Each layer by itself, in every network, at the input that it gets: narrow layers, where AVX2 kernels went wrong.
+
+    Layer by layer, since one ReLU that is rounded to its other side changes the gradients of a whole network.
+    """
+    networks = [(resnet(depth, channels, 4, width=width, generator=seeded()), (16, 8)) for depth in (18, 50)]
+    networks.append((vgg16(channels, 4, width=width, generator=seeded()), (32, 32)))
+    for network, size in networks:
+        network.to(memory_format=torch.channels_last)
+        x = torch.randn(20, channels, *size, generator=seeded(1)).contiguous(memory_format=torch.channels_last)
+        seen = convolved(network, x)
+        assert len(seen) > 10
+        for layer, x, shape in seen:
+            weights = torch.randn(shape, generator=seeded(2))
+            found = gradients(layer, x, weights.contiguous(memory_format=torch.channels_last))
+            expected = gradients(copy.deepcopy(layer).double(), x.double().contiguous(), weights.double())
+            for one, other in zip(found, expected, strict=True):
+                # Sums of up to some thousand products, each rounded to 2^-24.
+                assert (one - other).norm() <= 1e-5 * other.norm(), (layer, list(x.shape))
 
 
 def test_vgg16_is_torchvisions_with_one_dense_layer():

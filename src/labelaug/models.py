@@ -129,10 +129,23 @@ def _conv(fan_in: int, fan_out: int, size: int, stride: int = 1, *, bias: bool =
     return nn.utils.skip_init(nn.Conv2d, fan_in, fan_out, size, stride, padding=size // 2, bias=bias)
 
 
+class _Shortcut(nn.Sequential):
+    """Every ``stride``-th pixel, a 1×1 convolution, normalisation.
+
+    The convolution has stride 1 because oneDNN's AVX2 kernel for the gradient of a strided 1×1 convolution writes
+    beyond its buffers where fewer channels come in than a block holds (its issue 6035); the function is the same.
+    """
+
+    def __init__(self, fan_in: int, fan_out: int, stride: int):
+        super().__init__(_conv(fan_in, fan_out, 1), nn.BatchNorm2d(fan_out))
+        self.stride = stride
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x[:, :, :: self.stride, :: self.stride])
+
+
 def _shortcut(fan_in: int, fan_out: int, stride: int) -> nn.Module:
-    if stride == 1 and fan_in == fan_out:
-        return nn.Identity()
-    return nn.Sequential(_conv(fan_in, fan_out, 1, stride), nn.BatchNorm2d(fan_out))
+    return nn.Identity() if stride == 1 and fan_in == fan_out else _Shortcut(fan_in, fan_out, stride)
 
 
 def _start(model: nn.Module, generator: torch.Generator) -> nn.Module:
