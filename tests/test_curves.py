@@ -132,3 +132,28 @@ def test_no_seed_chooses_for_itself():
     for bad in (table.iloc[:1], table.mask(table == 0.1)):
         with pytest.raises(ValueError, match="two seeds or more"):
             chosen_on_others(bad)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("name", NAMES)
+def test_a_value_that_is_not_finite_is_not_passed_over(name, value):
+    """Left out in silence, the epoch after it would be read as the least, or the one before as the last."""
+    broken = CURVE | {name: [*CURVE[name][:3], value, CURVE[name][4]]}
+    rows = pd.concat([rows_of(CURVE), rows_of(broken, key="b", seed=1)])
+    message = f"1 values are not finite, the first {name} = {value} of b, seed 1, epoch 3"
+    with pytest.raises(ValueError, match=message):
+        wide(rows, NAMES)
+    with pytest.raises(ValueError, match=message):
+        readings(rows)
+    if name != "train/running_loss":
+        with pytest.raises(ValueError, match=message):
+            turns(rows, "error")
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_a_curve_that_is_not_finite_has_no_end_of_its_fall(value):
+    with pytest.raises(ValueError, match="values must be finite"):
+        stops_falling(range(5), [5, 4, value, 3.5, 3.2])
+    table = pd.DataFrame({20: [0.1, 0.5, value], 50: [0.4, 0.4, 0.4]}, index=[7, 8, 9])
+    with pytest.raises(ValueError, match="two seeds or more"):
+        chosen_on_others(table)

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.testing import assert_close
 
-from labelaug.measure import class_error, mixed_logits, relative_variance, within_class_variance
+from labelaug.measure import class_error
 from labelaug.methods import ERM, Mixup
 from labelaug.models import mlp
 from labelaug.theory.bounds import mixup_floor, permutation_floor
@@ -656,6 +656,20 @@ def test_a_loss_that_is_not_finite_ends_a_run():
     assert torch.isfinite(weights).all()
 
 
+@pytest.mark.parametrize("broken", [math.nan, math.inf])
+def test_a_teacher_whose_probabilities_are_not_finite_ends_a_run(broken):
+    """The run says that it has diverged, and nothing is scored."""
+
+    def mad(x):
+        return teacher(x).index_fill(1, torch.tensor([1]), broken)
+
+    setting = replace(BASE, smoothing=0.0, labels="teacher", record_epochs=(1, 2, 3))
+    _, frame = final(setting, teacher=mad, measure=lambda model: {"train": {"error": 0.5}})
+    assert frame[["step", "epoch", "metric", "value"]].to_numpy().tolist() == [[0, 0, "diverged", 1.0]]
+    _, sound = final(setting, teacher=teacher, measure=lambda model: {"train": {"error": 0.5}})
+    assert sound.iloc[-1]["value"] == 0.0 and (sound["metric"] == "error").sum() == 3
+
+
 def test_a_value_that_is_not_finite_is_never_a_row():
     """It is told of and left out; the training, whose loss and parameters are finite, goes on as if not measured."""
     setting = replace(BASE, record_epochs=(2, 3))
@@ -749,6 +763,7 @@ CROPPED = replace(BASE, augmentation="crop-flip")
         ({"labels": torch.zeros(20)}, "int64 labels"),
         ({"x": torch.zeros(0, 3), "labels": torch.zeros(0, dtype=torch.int64)}, "n > 0"),
         ({"labels": torch.full((20,), -1)}, "at least 0, got -1"),
+        ({"x": torch.tensor([0.0, math.nan, math.inf]).expand(20, 3)}, "x must be finite, and 40 of its 60 values"),
         ({"labels": torch.full((20,), 3)}, r"K > 3\], got \[1, 3\]"),
         ({"x": torch.zeros(20, dtype=torch.uint8)}, r"uint8 images .* got torch.uint8 \[20\]"),
         ({"x": torch.zeros(20, 3, dtype=torch.int64)}, r"x must be floats .* got torch.int64 \[20, 3\]"),
@@ -803,51 +818,3 @@ def test_threads_are_given_back():
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(before)
-
-
-def test_within_class_variance_is_the_trace_of_the_biased_covariance():
-    outputs, labels = torch.randn(2, 9, 4, dtype=torch.float64), torch.tensor([0, 0, 0, 1, 1, 1, 1, 2, 2])
-    found = within_class_variance(outputs, labels)
-    for one, value in zip(outputs.numpy(), found, strict=True):
-        parts = [one[labels.numpy() == y] for y in range(3)]
-        by_hand = sum(len(p) / 9 * np.trace(np.cov(p.T, bias=True)) for p in parts)
-        assert value.item() == pytest.approx(by_hand)
-        unbiased = sum(len(p) / 9 * np.trace(np.cov(p.T)) for p in parts)
-        assert abs(value.item() - unbiased) > 0.1
-    for wrong in (labels[:8], labels[:0]):
-        with pytest.raises(ValueError, match="n > 0"):
-            within_class_variance(outputs, wrong)
-
-
-def test_relative_variance_is_free_of_scale_and_shift():
-    outputs, labels = torch.randn(9, 4, dtype=torch.float64), torch.tensor([0, 0, 0, 1, 1, 1, 1, 2, 2])
-    found = relative_variance(outputs, labels).item()
-    means = torch.stack([outputs[labels == y].mean(0) for y in range(3)])[labels]
-    assert found == pytest.approx(((outputs - means).square().sum() / (means - outputs.mean(0)).square().sum()).item())
-    assert relative_variance(7 * outputs + 3, labels).item() == pytest.approx(found)
-    assert abs(within_class_variance(7 * outputs, labels).item() - within_class_variance(outputs, labels).item()) > 1
-
-
-def test_class_error_counts():
-    logits = torch.tensor([[2.0, 1.0], [0.0, 1.0], [3.0, -1.0], [0.0, 0.5]])
-    assert class_error(logits, torch.tensor([0, 1, 1, 1])).item() == 0.25
-    with pytest.raises(ValueError, match=r"got \[4, 2\], \[3\]"):
-        class_error(logits, torch.tensor([0, 1, 1]))
-
-
-def test_mixed_logits_are_those_of_each_pair():
-    x, _ = data(n=4)
-    model = network()
-    lams = [0.3, 1.0]
-    found = mixed_logits(model, x, lams=lams)
-    assert found.shape == (2, 4, 4, 3) and found.dtype == torch.float64 and not found.requires_grad
-    for a, lam in enumerate(lams):
-        for i in range(4):
-            for j in range(4):
-                alone = model((lam * x[i] + (1 - lam) * x[j])[None])[0]
-                # float32: batches of another size sum in another order.
-                assert torch.allclose(found[a, i, j].float(), alone.detach(), atol=1e-6)
-    assert (found[0, 0, 1] - found[0, 1, 0]).abs().max() > 1e-3  # λ weighs the first
-    for bad in ([], [1.1]):
-        with pytest.raises(ValueError, match="lams must be"):
-            mixed_logits(model, x, lams=bad)

@@ -122,3 +122,12 @@ def test_the_method_of_the_epoch_is_measured():
 def test_fewer_than_two_draws_are_refused():
     with pytest.raises(ValueError, match="draws must be at least 2, got 1"):
         norms(DeepSetting(0.1, 1, N), draws=1)
+
+
+@pytest.mark.parametrize("labels", [1, -1])
+def test_labels_that_are_none_are_refused(labels):
+    model, x, good = problem()
+    with pytest.raises(ValueError, match=r"labels must be integers in 0\.\.3"):
+        gradient_norms(
+            model, x, good + labels * K, num_classes=K, setting=DeepSetting(0.1, 1, N), seed=0, epoch=0, draws=2
+        )

@@ -625,6 +625,13 @@ def test_shapes_have_their_moments():
         (lambda: laws.multiclass_law(np.array([[0.0, 1.0, 2.0]]), np.eye(1), smoothing=0.1, bias=True), "affinely"),
         (lambda: laws.multiclass_law(np.eye(2), np.eye(2), smoothing=1.5), r"in \(0, 1\], got 1.5"),
         (lambda: softmax_minimiser(np.eye(2), np.arange(2), num_classes=2, smoothing=0.0), "at infinity"),
+        (lambda: softmax_minimiser(np.eye(2), np.arange(2) - 1, num_classes=2, smoothing=0.1), r"2 integers in 0\.\.1"),
+        (lambda: softmax_minimiser(np.eye(2), np.arange(2) + 1, num_classes=2, smoothing=0.1), r"2 integers in 0\.\.1"),
+        (lambda: softmax_minimiser(np.eye(2), np.eye(2)[0], num_classes=2, smoothing=0.1), "integers .* got float64"),
+        (
+            lambda: softmax_minimiser(np.full((2, 2), np.inf), np.arange(2), num_classes=2, smoothing=0.1),
+            "x must be finite, and 2",
+        ),
     ],
 )
 def test_bad_input_names_the_value_and_the_condition(call, message):

@@ -371,14 +371,16 @@ def test_frame():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: LinearSetting(0.0), "learning_rate must be positive, got 0.0"),
-        (lambda: LinearSetting(float("nan")), "learning_rate must be positive, got nan"),
+        (lambda: LinearSetting(0.0), "learning_rate must be positive and finite, got 0.0"),
+        (lambda: LinearSetting(float("nan")), "learning_rate must be positive and finite, got nan"),
         (lambda: LinearSetting(0.1, smoothing=2.0), "smoothing must be below .* got 2.0"),
         (lambda: LinearSetting(0.1, mixup_alpha=0.0), "alpha .* must be positive, got 0.0"),
         (lambda: LinearSetting(0.1, mixup_alpha=-1.0), "alpha .* must be positive, got -1.0"),
-        (lambda: LinearSetting(0.1, weight_decay=-0.1), "weight_decay must be at least 0, got -0.1"),
-        (lambda: LinearSetting(0.1, weight_decay=float("nan")), "weight_decay must be at least 0, got nan"),
-        (lambda: LinearSetting(0.1, decoupled_decay=-0.1), "decoupled_decay must be at least 0, got -0.1"),
+        (lambda: LinearSetting(float("inf")), "learning_rate must be positive and finite, got inf"),
+        (lambda: LinearSetting(0.1, weight_decay=-0.1), "weight_decay must be at least 0 and finite, got -0.1"),
+        (lambda: LinearSetting(0.1, weight_decay=float("nan")), "weight_decay must be at least 0 and finite, got nan"),
+        (lambda: LinearSetting(0.1, decoupled_decay=-0.1), "decoupled_decay must be at least 0 and finite, got -0.1"),
+        (lambda: LinearSetting(0.1, decoupled_decay=float("inf")), "decoupled_decay must be .* finite, got inf"),
         (lambda: method_setting("cutmix", 0.1, learning_rate=0.1), "method must be one of .*'mixup'.*, got 'cutmix'"),
         (lambda: method_setting("mixup", -0.1, learning_rate=0.1), "strength of mixup must be at least 0, got -0.1"),
         (lambda: method_setting("label smoothing", 2.0, learning_rate=0.1), "smoothing must be below .* got 2.0"),
@@ -399,6 +401,9 @@ def test_descriptions_refuse(make, message):
         make()
 
 
+AT = torch.tensor([4]), torch.tensor([2])
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -411,6 +416,12 @@ def test_descriptions_refuse(make, message):
         (
             dict(x=torch.zeros(2, 23, 6), labels=torch.stack([torch.arange(23) % 2, torch.zeros(23).long()])),
             r"both classes 0 and 1, got \[0\]",
+        ),
+        (dict(x=torch.zeros(23, 6).index_put(AT, torch.tensor(float("nan")))), "x must be finite, and 1 of its 138 "),
+        (dict(x=torch.zeros(23, 6).index_put(AT, torch.tensor(float("-inf")))), "x must be finite, and 1 of its 138 "),
+        (
+            dict(labels=(torch.arange(23) % 2).double().index_put(AT[:1], torch.tensor(float("nan")).double())),
+            "got .*nan",
         ),
         (dict(seeds=[3, 3]), r"seeds must be different and at least 0, got \[3, 3\]"),
         (dict(seeds=[3, -1]), r"seeds must be different and at least 0, got \[3, -1\]"),

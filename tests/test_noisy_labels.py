@@ -307,6 +307,8 @@ def test_neighbour_label_votes_and_breaks_ties_by_the_nearest():
     assert neighbour_label(square, labels, neighbours=5).tolist() == [0, 1]  # two each: the nearer pair
     square[0, 1] = np.inf
     assert neighbour_label(square, labels, neighbours=4).tolist() == [1, 1]
+    with pytest.raises(ValueError, match="2 of 10 are NaN"):  # else the first of them would pass for the nearest
+        neighbour_label(np.where(square == square[1, 1], np.nan, square), labels, neighbours=1)
     with pytest.raises(ValueError, match=r"neighbours must lie in 1\.\.4, the points that count, got 5"):
         neighbour_label(square, labels, neighbours=5)
     with pytest.raises(ValueError, match="got 0"):

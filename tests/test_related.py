@@ -396,6 +396,8 @@ def test_needed_examples():
     assert needed_examples(counts, law, 0.2) == pytest.approx(50, rel=1e-12)
     assert needed_examples(counts, law, 5.0) == 8
     assert needed_examples(counts, law, 0.01) == np.inf
+    with pytest.raises(ValueError, match="3 of 15 are NaN"):  # else the last count would pass for good enough
+        needed_examples(counts, np.where(law == law[-1, -1], np.nan, law), 0.01)
     bumpy = np.array([[0.1], [0.3], [0.4], [0.1], [0.05]])  # below, above, below: from which n on
     assert needed_examples(counts, bumpy, 0.2) == pytest.approx(32 * 2**0.5, rel=1e-12)
 

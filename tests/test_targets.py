@@ -78,3 +78,15 @@ def test_smoothing_limit(num_classes):
             smooth_targets(labels, num_classes, smoothing=smoothing)
     with pytest.raises(ValueError, match="smoothing must be below"):
         binary_targets(labels, smoothing=2.0)
+
+
+@pytest.mark.parametrize("labels", [[1, 2], [-1, 1], [0, 255], [0.0, 1.0]])
+def test_labels_that_are_none_are_refused(labels):
+    """Of K = 2 classes: by us, or by torch where a check of ours would wait for the device at each step."""
+    binary_targets(torch.tensor([0, 1])), one_hot_targets(torch.tensor([0, 1]), 2)
+    with pytest.raises(ValueError, match=r"labels must be integers in 0\.\.1, got torch"):
+        binary_targets(torch.tensor(labels))
+    with pytest.raises(RuntimeError, match=r"Class values must be|applicable to index tensor"):
+        one_hot_targets(torch.tensor(labels), 2)
+    with pytest.raises(RuntimeError, match=r"Class values must be|applicable to index tensor"):
+        smooth_targets(torch.tensor(labels), 2, smoothing=0.1)

@@ -210,6 +210,11 @@ def test_bad_input_is_refused():
             ToyTraining(**change)
     with pytest.raises(ValueError, match="settings must be distinct"):
         train_toy(draws, [ToySetting(), ToySetting()], ToyTraining(epochs=1))
+    for name in ("x", "y", "first", "start"):  # no run has diverged where the data are broken
+        broken = getattr(draws, name).copy()
+        broken.flat[0] = math.nan
+        with pytest.raises(ValueError, match=f"draws must be finite, and {name} has 1 values that are not"):
+            train_toy(replace(draws, **{name: broken}), [ToySetting()], ToyTraining(epochs=1))
     with pytest.raises(ValueError, match="n must be at least 2, got 1"):
         train_toy(replace(draws, x=draws.x[:, :1], y=draws.y[:, :1]), [ToySetting()], ToyTraining(epochs=1))
 

@@ -16,13 +16,19 @@ def wide(rows: pd.DataFrame, names: Sequence[str]) -> pd.DataFrame:
     """One column for each "split/metric" name and one row a trial and recorded epoch: ``key, seed, epoch, ...``.
 
     Epochs at which one of the names was not recorded are left out.
-    Raises: ValueError for a name that no row has.
+    Raises: ValueError for a name that no row has, or a value that is not finite: it would pass for one not recorded.
     """
     named = rows.assign(name=rows["split"] + "/" + rows["metric"])
     missing = [name for name in names if name not in set(named["name"])]
     if missing:
         raise ValueError(f"no row has {', '.join(missing)}")
     chosen = named[named["name"].isin(names)]
+    if len(bad := chosen[~np.isfinite(chosen["value"])]):
+        first = bad.iloc[0]
+        raise ValueError(
+            f"{len(bad)} values are not finite, the first {first['name']} = {first['value']} of {first['key']}, seed "
+            f"{first['seed']}, epoch {first['epoch']}"
+        )
     table = chosen.pivot_table(index=["key", "seed", "epoch"], columns="name", values="value")[list(names)]
     return table.dropna().reset_index().rename_axis(columns=None)
 
@@ -76,9 +82,11 @@ def stops_falling(epochs: Sequence[int], values: Sequence[float], *, patience: i
     Args: epochs: of the records, increasing; values: there.
     Returns: its epoch; None if the minimum is improved up to the end, that is if no record has ``patience`` later ones
         none of which lies below the least so far.
-    Raises: ValueError for epochs that do not increase, or for patience below 1.
+    Raises: ValueError for epochs that do not increase, a value that is not finite, or for patience below 1.
     """
     values = np.asarray(values, dtype=float)
+    if not np.isfinite(values).all():
+        raise ValueError(f"values must be finite, got {values.tolist()}")
     if len(epochs) != len(values) or patience < 1 or (np.diff(epochs) <= 0).any():
         raise ValueError(f"epochs must increase, one a value, and patience be at least 1, got {epochs}, {patience}")
     least = np.minimum.accumulate(values)
@@ -92,9 +100,9 @@ def chosen_on_others(table: pd.DataFrame) -> pd.Series:
     """For each seed the arm of least mean over the *other* seeds: ``[seeds, arms]`` -> arm by seed.
 
     What an arm's own seed shows of it then decides nothing, neither the choice nor, through the choice, its reading.
-    Raises: ValueError for fewer than two seeds or a value that is missing.
+    Raises: ValueError for fewer than two seeds or a value that is missing or not finite.
     """
-    if len(table) < 2 or table.isna().any(axis=None):
+    if len(table) < 2 or not np.isfinite(table.to_numpy(float)).all():
         raise ValueError(f"a choice needs two seeds or more with every arm, got {len(table)}")
     others = (table.sum() - table) / (len(table) - 1)
     return others.idxmin(axis=1)

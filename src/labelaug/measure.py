@@ -1,9 +1,15 @@
-"""What is measured on trained models; the leading axes of the weights (records, seeds, settings) survive."""
+"""What is measured on trained models; the leading axes of the weights (records, seeds, settings) survive.
+
+Data that are not finite are refused, and so are labels that are none. A model whose weights or outputs are not finite
+has diverged: all its measures are NaN, never an error rate, and those of the others on the leading axes are theirs.
+"""
 
 from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
+
+from labelaug.targets import check_labels
 
 
 def block_norm(weights: Tensor, coordinates: slice) -> Tensor:
@@ -24,14 +30,18 @@ def entry_ratio(weights: Tensor) -> Tensor:
 def error_rate(weights: Tensor, x: Tensor, labels: Tensor) -> Tensor:
     """Share of examples on the wrong side of ⟨w, x⟩ = 0: ``[..., d]``, x ``[n, d]``, labels ``[n]`` -> ``[...]``.
 
-    A logit of exactly 0 is read as label 0.
+    A logit of exactly 0 is read as label 0; logits that are not finite give NaN.
+    Raises: ValueError if shapes do not fit, a label is not 0 or 1, or x is not finite.
     """
     if x.shape[-1] != weights.shape[-1] or labels.shape != x.shape[:1]:
         raise ValueError(
             f"x must be [n, {weights.shape[-1]}] with labels [n], got {list(x.shape)} and {list(labels.shape)}"
         )
-    wrong = (weights.reshape(-1, weights.shape[-1]) @ x.T > 0) != (labels == 1)
-    return wrong.to(torch.float64).mean(-1).reshape(weights.shape[:-1])
+    check_labels(labels, 2)
+    if not x.isfinite().all():
+        raise ValueError(f"x must be finite, and {int((~x.isfinite()).any(-1).sum())} of its {len(x)} rows are not")
+    logits = weights.reshape(-1, weights.shape[-1]) @ x.T
+    return _scored((logits > 0) != (labels == 1), logits).reshape(weights.shape[:-1])
 
 
 def logit_share(weights: Tensor, mean: Tensor, coordinates: slice) -> Tensor:
@@ -47,12 +57,13 @@ def within_class_variance(outputs: Tensor, labels: Tensor) -> Tensor:
     """``E_Y tr Cov(o | Y)``, variances divided by n_y: ``[..., n, K]`` -> ``[...]``, in the outputs' squared units.
 
     Classes count by their share of the examples, so that it is the mean squared distance from the own class mean.
-    Args: outputs: probabilities, logits or activations; labels: int64 ``[n]``.
-    Raises: ValueError if the shapes do not fit or there is no example.
+    Args: outputs: probabilities, logits or activations; labels: integers ``[n]``, any.
+    Raises: ValueError if the shapes do not fit, there is no example or labels are not integers.
     """
-    if outputs.ndim < 2 or labels.shape != outputs.shape[-2:-1] or len(labels) == 0:
+    if outputs.ndim < 2 or labels.shape != outputs.shape[-2:-1] or len(labels) == 0 or labels.is_floating_point():
         raise ValueError(
-            f"outputs must be [..., n, K] with labels [n] and n > 0, got {list(outputs.shape)}, {list(labels.shape)}"
+            f"outputs must be [..., n, K] with integer labels [n] and n > 0, got {list(outputs.shape)}, "
+            f"{labels.dtype} {list(labels.shape)}"
         )
     total = torch.zeros(outputs.shape[:-2], dtype=outputs.dtype, device=outputs.device)
     for label in labels.unique():
@@ -72,23 +83,35 @@ def relative_variance(outputs: Tensor, labels: Tensor) -> Tensor:
 
 
 def class_error(logits: Tensor, labels: Tensor) -> Tensor:
-    """Share of examples whose largest logit is not their label's: ``[..., n, K]``, labels ``[n]`` -> ``[...]``."""
+    """Share of examples whose largest logit is not their label's: ``[..., n, K]``, labels ``[n]`` -> ``[...]``.
+
+    NaN where a logit is not finite. Raises: ValueError if shapes do not fit or a label is not in 0..K-1.
+    """
     if labels.shape != logits.shape[-2:-1]:
         raise ValueError(f"logits must be [..., n, K] with labels [n], got {list(logits.shape)}, {list(labels.shape)}")
-    return (logits.argmax(-1) != labels).to(torch.float64).mean(-1)
+    check_labels(labels, logits.shape[-1])
+    return _scored(logits.argmax(-1) != labels, logits.flatten(-2))
 
 
 def calibration_error(logits: Tensor, labels: Tensor, *, bins: int = 15) -> Tensor:
     """Expected calibration error, Σ_b (n_b/n)·|accuracy_b - confidence_b| over equal bins of the largest probability.
 
-    Logits ``[n, K]``, labels ``[n]`` -> ``[]`` in [0, 1]. Source: Guo et al. (2017), whose 15 bins are the usual ones.
+    Logits ``[n, K]``, labels ``[n]`` -> ``[]`` in [0, 1], NaN where a logit is not finite.
+    Raises: ValueError if shapes do not fit, a label is not in 0..K-1 or there is no bin.
+    Source: Guo et al. (2017), section 2, whose 15 bins are the usual ones.
     """
+    if logits.ndim != 2 or labels.shape != logits.shape[:1] or bins < 1:
+        raise ValueError(
+            f"logits must be [n, K] with labels [n] and bins at least 1, got {list(logits.shape)}, "
+            f"{list(labels.shape)} and {bins}"
+        )
+    check_labels(labels, logits.shape[-1])
     confidence, predicted = logits.double().softmax(-1).max(-1)
     excess = (predicted == labels).double() - confidence
     chosen = (confidence * bins).long().clamp(max=bins - 1)
-    return torch.zeros(bins, dtype=torch.float64, device=logits.device).index_add(0, chosen, excess).abs().sum() / len(
-        labels
-    )
+    gaps = torch.zeros(bins, dtype=torch.float64, device=logits.device).index_add(0, chosen, excess)
+    error = gaps.abs().sum() / len(labels)
+    return torch.where(logits.isfinite().all(), error, torch.nan)
 
 
 def outputs_and_activations(model: nn.Module, batches: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
@@ -120,3 +143,8 @@ def mixed_logits(model: Callable[[Tensor], Tensor], x: Tensor, *, lams: Sequence
     first, second = x.repeat_interleave(n, 0), x.repeat(n, *[1] * (x.ndim - 1))
     with torch.no_grad():
         return torch.stack([model(torch.lerp(second, first, lam)).double().reshape(n, n, -1) for lam in lams])
+
+
+def _scored(wrong: Tensor, logits: Tensor) -> Tensor:
+    """Share of ``wrong [..., n]`` in float64; NaN where one of a model's logits ``[..., m]`` is not finite."""
+    return torch.where(logits.isfinite().all(-1), wrong.double().mean(-1), torch.nan)

@@ -123,8 +123,11 @@ def neighbour_label(square: np.ndarray, labels: np.ndarray, *, neighbours: int) 
     """The label most frequent among the nearest points, ties to the label whose nearest point is nearest.
 
     Args: square: squared distances ``[n, m]``, inf for a point that must not count; labels: integers ``[m]``.
-    Returns: integers ``[n]``. Raises: ValueError unless 1 <= neighbours <= finite entries of every row.
+    Returns: integers ``[n]``.
+    Raises: ValueError for a distance that is NaN, or unless 1 <= neighbours <= finite entries of every row.
     """
+    if np.isnan(square).any():
+        raise ValueError(f"distances must be numbers, and {np.isnan(square).sum()} of {square.size} are NaN")
     usable = np.isfinite(square).sum(1).min() if len(square) else square.shape[1]
     if not 1 <= neighbours <= usable:
         raise ValueError(f"neighbours must lie in 1..{usable}, the points that count, got {neighbours}")

@@ -101,7 +101,10 @@ def needed_examples(counts: np.ndarray, squared: np.ndarray, target: float) -> f
     Args: counts ``[L]``, increasing; squared ``[L, seeds]``: tan² at each; target > 0.
     Returns: the last crossing (the curve need not fall everywhere); the first count if no median is above the target,
         so that it is an upper bound; infinity if the last median is.
+    Raises: ValueError if a value is NaN, which no comparison would show.
     """
+    if np.isnan(squared).any():
+        raise ValueError(f"squared must be numbers, and {np.isnan(squared).sum()} of {np.size(squared)} are NaN")
     medians = np.median(squared, axis=1)
     above = np.flatnonzero(medians > target)
     if not len(above):

@@ -50,17 +50,22 @@ def softmax_minimiser(
     Where the points do not span R^d the minimiser of least norm is returned.
 
     Args: x ``[n, d]``; labels: int ``[n]`` in 0..K-1; weights: ``[n]``, positive, scaled to sum to one (None: equal).
-    Raises: ValueError unless 0 < ε ≤ 1 (hard labels may have their minimiser at infinity); ConvergenceError if the
+    Raises: ValueError unless 0 < ε ≤ 1 (hard labels may have their minimiser at infinity), x is finite and labels are
+        integers in 0..K-1; ConvergenceError if the
         gradient is not below 1e-10 after 100 steps.
     """
     if not 0 < smoothing <= 1:
         raise ValueError(f"smoothing must be in (0, 1], got {smoothing}: the minimiser may be at infinity without it")
-    n = len(x)
+    x, labels, n = np.asarray(x, dtype=float), np.asarray(labels), len(x)
+    if labels.shape != (n,) or labels.dtype.kind not in "iu" or labels.min() < 0 or labels.max() >= num_classes:
+        raise ValueError(f"labels must be {n} integers in 0..{num_classes - 1}, got {labels.dtype} {labels[:5]}")
+    if not np.isfinite(x).all():
+        raise ValueError(f"x must be finite, and {(~np.isfinite(x)).any(1).sum()} of its {n} rows are not")
     mass = np.full(n, 1 / n) if weights is None else np.asarray(weights, dtype=float) / np.sum(weights)
     if mass.min() < 0:
         raise ValueError(f"weights must not be negative, got {mass.min():.3g}")
     target = (1 - smoothing) * np.eye(num_classes)[labels] + smoothing / num_classes
-    inputs = np.column_stack([x, np.ones(n)]) if bias else np.asarray(x, dtype=float)
+    inputs = np.column_stack([x, np.ones(n)]) if bias else x
     # Coordinates: W = CV with C an orthonormal basis of the vectors that sum to zero.
     basis = np.linalg.svd(np.eye(num_classes) - 1 / num_classes)[0][:, :-1]
 

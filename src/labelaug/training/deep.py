@@ -164,8 +164,8 @@ def train(
         state that ``after_epoch`` was offered; after_epoch: gets the number of whole epochs and a function that
         returns the state, plain tensors and numbers.
     Returns: rows ``key, seed, step, epoch, split, metric, value``, step and epoch counting those made.
-    Raises: ValueError if shapes, labels, the seed or the smoothing do not fit, a teacher is missing or idle, or the
-        model cannot be trained on the last minibatch.
+    Raises: ValueError if shapes, labels, the seed or the smoothing do not fit, x is not finite, a teacher is missing or
+        idle, or the model cannot be trained on the last minibatch.
     """
     _check(x, labels, setting, seed, teacher)
     check_last_batch(model, x, setting.batch_size)
@@ -450,6 +450,8 @@ def _check(x: Tensor, labels: Tensor, setting: DeepSetting, seed: int, teacher) 
         raise ValueError(f"labels must be at least 0, got {labels.min()}")
     if not (x.is_floating_point() or (x.dtype == torch.uint8 and x.ndim == 4)):
         raise ValueError(f"x must be floats or uint8 images [n, C, H, W], got {x.dtype} {list(x.shape)}")
+    if x.is_floating_point() and not x.isfinite().all():
+        raise ValueError(f"x must be finite, and {int((~x.isfinite()).sum())} of its {x.numel()} values are not")
     if setting.augmentation != "none" and x.dtype != torch.uint8:
         raise ValueError(f"crop-flip needs uint8 images [n, C, H, W], got {x.dtype} {list(x.shape)}")
     if (setting.labels == "teacher") != (teacher is not None):

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from labelaug.methods import ERM
-from labelaug.targets import smooth_targets
+from labelaug.targets import check_labels, smooth_targets
 from labelaug.training.deep import DeepSetting, check_last_batch, gather, minibatch_loss
 from labelaug.training.linear import LAM, ORDER, PARTNER
 
@@ -37,10 +37,11 @@ def gradient_norms(
 
     Args: x: uint8 images ``[n, C, H, W]`` or floats ``[n, ...]``; labels: ``[n]``; epoch: whole epochs made;
         draws: M, at least 2. The model is left as it was found.
-    Raises: ValueError for fewer draws, or if the model cannot be trained on the last minibatch.
+    Raises: ValueError for fewer draws, a label outside 0..K-1, or if the model cannot be trained on the last minibatch.
     """
     if draws < 2:
         raise ValueError(f"draws must be at least 2, got {draws}")
+    check_labels(labels, num_classes)
     check_last_batch(model, x, setting.batch_size)
     parameters = [p for p in model.parameters() if p.requires_grad]
     buffers = [(b, b.clone()) for b in model.buffers()]

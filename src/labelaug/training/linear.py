@@ -42,11 +42,11 @@ class LinearSetting:
         check_smoothing(self.smoothing, 2)
         if self.mixup_alpha is not None:
             check_alpha(self.mixup_alpha)
-        if not self.learning_rate > 0:
-            raise ValueError(f"learning_rate must be positive, got {self.learning_rate}")
+        if not 0 < self.learning_rate < float("inf"):
+            raise ValueError(f"learning_rate must be positive and finite, got {self.learning_rate}")
         for name in ("weight_decay", "decoupled_decay"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise ValueError(f"{name} must be at least 0 and finite, got {getattr(self, name)}")
 
     @property
     def key(self) -> str:
@@ -160,7 +160,8 @@ def train_linear(
     Args: x: ``[n, d]`` shared by the seeds, or ``[seeds, n, d]``; its dtype is the dtype of training; labels: int64
         ``[n]`` or ``[seeds, n]`` in {0, 1}; settings: what differs between members; seeds: non-negative and different.
     Returns: LinearSweep with the weights after each epoch of ``training.records``.
-    Raises: ValueError if shapes do not fit, labels are not binary, a class is empty, or nothing is to be trained.
+    Raises: ValueError if shapes do not fit, x is not finite, labels are not binary, a class is empty, or nothing is to
+        be trained.
     """
     settings, seeds = tuple(settings), tuple(seeds)
     _check(x, labels, settings, seeds)
@@ -341,6 +342,8 @@ def _check(x, labels, settings, seeds) -> None:
         raise ValueError(f"seeds must be different and at least 0, got {list(seeds)}")
     if x.ndim not in (2, 3) or (x.ndim == 3 and len(x) != len(seeds)):
         raise ValueError(f"x must be [n, d] or [{len(seeds)} seeds, n, d], got {list(x.shape)}")
+    if not x.isfinite().all():
+        raise ValueError(f"x must be finite, and {int((~x.isfinite()).sum())} of its {x.numel()} values are not")
     if labels.shape not in (x.shape[-2:-1], (len(seeds), x.shape[-2])):
         raise ValueError(f"labels must be [n] or [seeds, n] with n = {x.shape[-2]}, got {list(labels.shape)}")
     for row in labels.reshape(-1, labels.shape[-1]):

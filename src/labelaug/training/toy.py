@@ -120,8 +120,8 @@ def train_toy(draws, settings: Sequence[ToySetting], training: ToyTraining, *, d
     """Train every setting from every seed's own start, on its own examples; settings of a seed share partners and λ.
 
     Args: draws: ``data.teacher`` draws (fields seeds, first ``[S, d, p]``, start ``[S, d]``, x ``[S, n, p]``, y).
-    Raises: ValueError for n < 2 or settings that are missing or repeated. A run that diverges is reported in
-        :class:`ToyRuns`, not raised.
+    Raises: ValueError for n < 2, draws that are not finite, or settings that are missing or repeated. A run that
+        diverges is reported in :class:`ToyRuns`, not raised.
     """
     settings = tuple(settings)
     if not settings or len(set(settings)) != len(settings):
@@ -129,6 +129,9 @@ def train_toy(draws, settings: Sequence[ToySetting], training: ToyTraining, *, d
     if draws.x.shape[1] < 2:
         raise ValueError(f"n must be at least 2, got {draws.x.shape[1]}")
     arrays = (draws.first, draws.x, draws.y, training.start_std * draws.start)
+    for name, array in zip(("first", "x", "y", "start"), arrays, strict=True):
+        if not np.isfinite(array).all():
+            raise ValueError(f"draws must be finite, and {name} has {(~np.isfinite(array)).sum()} values that are not")
     streams = [(np.random.default_rng([s, PARTNER]), np.random.default_rng([s, LAM])) for s in draws.seeds]
     cores = torch.get_num_threads()
     torch.set_num_threads(1)  # products this small lose more to waiting for each other than a second core gains
