@@ -128,6 +128,51 @@ def test_activations_are_what_enters_the_last_layer():
         outputs_and_activations(nn.ReLU(), [x])
 
 
+def calibration_by_hand(logits, labels, bins, *, open_on="left"):
+    """Σ_b (n_b/n)·|accuracy_b - confidence_b|, bin by bin as Guo et al. write it."""
+    probability = np.exp(logits - logits.max(1, keepdims=True))
+    probability /= probability.sum(1, keepdims=True)
+    confidence, right, total = probability.max(1), probability.argmax(1) == labels, 0.0
+    for b in range(bins):
+        low, high = b / bins, (b + 1) / bins
+        inside = (low < confidence) & (confidence <= high)
+        if open_on == "right":
+            inside = (low <= confidence) & ((confidence < high) | (b == bins - 1))
+        if inside.any():
+            total += inside.mean() * abs(right[inside].mean() - confidence[inside].mean())
+    return total
+
+
+@pytest.mark.parametrize("num_classes", [2, 3, 10])
+def test_calibration_error_is_that_of_fifteen_bins(num_classes):
+    """The default is 15, and each other number gives another error: labels are drawn as the logits say."""
+    rng = np.random.default_rng(num_classes)
+    logits = 2 * rng.standard_normal((400, num_classes))
+    labels = (logits + rng.gumbel(size=logits.shape)).argmax(1)
+    found = calibration_error(torch.from_numpy(logits), torch.from_numpy(labels)).item()
+    for bins in range(1, 31):
+        expected = calibration_by_hand(logits, labels, bins)
+        other = calibration_error(torch.from_numpy(logits), torch.from_numpy(labels), bins=bins).item()
+        assert other == pytest.approx(expected, abs=1e-12)
+        assert (abs(found - expected) < 1e-12) == (bins == 15), bins
+
+
+@pytest.mark.parametrize(("num_classes", "bins"), [(2, 2), (2, 10), (4, 4), (5, 5), (5, 15), (10, 10), (3, 15)])
+def test_bins_are_open_on_the_left(num_classes, bins):
+    """Equal logits have the confidence 1/K to the last bit, which is an edge: they belong to the bin below it.
+
+    There they are wrong, and alone; in the bin above they would make up for others that are right.
+    """
+    logits = np.zeros((8, num_classes))
+    logits[4:, 0] = math.log((num_classes - 1) * (2 + 1 / bins) / (2 * num_classes - 2 - 1 / bins))  # 1/K + 1/(2·bins)
+    labels = np.array([1, 1, 1, 1, 0, 0, 0, 0])
+    share = torch.from_numpy(logits).softmax(1).amax(1)
+    assert (share[:4] == 1 / num_classes).all() and 1 / num_classes in [b / bins for b in range(bins)]
+    found = calibration_error(torch.from_numpy(logits), torch.from_numpy(labels), bins=bins).item()
+    assert found == pytest.approx(calibration_by_hand(logits, labels, bins), abs=1e-12)
+    assert abs(found - calibration_by_hand(logits, labels, bins, open_on="right")) > 0.01
+
+
 def test_calibration_error_at_both_ends():
     """A confidence of 1 lies in the last bin, one of 1/K in its own, whatever is open."""
     sure, unsure = torch.tensor([[1000.0, 0.0]] * 2, dtype=F64), torch.zeros(2, 2, dtype=F64)

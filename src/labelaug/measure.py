@@ -96,6 +96,7 @@ def class_error(logits: Tensor, labels: Tensor) -> Tensor:
 def calibration_error(logits: Tensor, labels: Tensor, *, bins: int = 15) -> Tensor:
     """Expected calibration error, Σ_b (n_b/n)·|accuracy_b - confidence_b| over equal bins of the largest probability.
 
+    Bin b holds the confidences in (b/B, (b + 1)/B], open on the left, as Guo et al. have it; others open the right end.
     Logits ``[n, K]``, labels ``[n]`` -> ``[]`` in [0, 1], NaN where a logit is not finite.
     Raises: ValueError if shapes do not fit, a label is not in 0..K-1 or there is no bin.
     Source: Guo et al. (2017), section 2, whose 15 bins are the usual ones.
@@ -108,7 +109,8 @@ def calibration_error(logits: Tensor, labels: Tensor, *, bins: int = 15) -> Tens
     check_labels(labels, logits.shape[-1])
     confidence, predicted = logits.double().softmax(-1).max(-1)
     excess = (predicted == labels).double() - confidence
-    chosen = (confidence * bins).long().clamp(max=bins - 1)
+    ends = torch.arange(1, bins, dtype=torch.float64, device=logits.device) / bins
+    chosen = torch.bucketize(confidence, ends)  # ends[b - 1] < confidence <= ends[b]
     gaps = torch.zeros(bins, dtype=torch.float64, device=logits.device).index_add(0, chosen, excess)
     error = gaps.abs().sum() / len(labels)
     return torch.where(logits.isfinite().all(), error, torch.nan)
