@@ -26,9 +26,9 @@ from types import SimpleNamespace
 import numpy as np
 import pandas as pd
 import yaml
-from scipy import stats
 
 from labelaug import notebooks, paths
+from labelaug.intervals import mean_interval, median_interval
 from labelaug.results import environment, read_table
 
 ID = re.compile(r"P[12]-[A-Z][A-Z0-9]*[a-z]?|[BX]-[0-9]+[a-z]?")
@@ -56,38 +56,6 @@ class _NotThere(Exception):
 def exact(x) -> tuple[float, float, float]:
     """A number without an error: (x, x, x)."""
     return x, x, x
-
-
-def mean_interval(series, level: float = 0.95) -> tuple[float, float, float]:
-    """Mean over seeds and Student's t interval: mean ± t_{n-1} s/√n with the unbiased variance s².
-
-    Raises: ValueError for fewer than two values (say so in ``requires``) or a value that is not finite.
-    """
-    x = _sample(series, 2)
-    half = stats.t.ppf(0.5 + level / 2, len(x) - 1) * x.std(ddof=1) / np.sqrt(len(x))
-    return x.mean(), x.mean() - half, x.mean() + half
-
-
-def median_interval(series, level: float = 0.95) -> tuple[float, float, float]:
-    """Median over seeds and its sign-test interval [x_(k+1), x_(n-k)], free of any distribution.
-
-    k is the largest with 2·P(Bin(n, ½) ≤ k) ≤ 1 - level, so that it covers at least ``level``.
-    Raises: ValueError where no such k exists (95 % need six values) or a value is not finite.
-    """
-    x = np.sort(_sample(series, 1))
-    k = int(stats.binom.ppf((1 - level) / 2, len(x), 0.5))  # the least k with P(≤ k) ≥ (1 - level)/2
-    if 2 * stats.binom.cdf(k, len(x), 0.5) > 1 - level:
-        k -= 1
-    if k < 0:
-        raise ValueError(f"{len(x)} values give no {level:.0%} interval of the median")
-    return np.median(x), x[k], x[len(x) - 1 - k]
-
-
-def _sample(series, least: int) -> np.ndarray:
-    x = np.asarray(series, dtype=float)
-    if x.ndim != 1 or len(x) < least or not np.isfinite(x).all():
-        raise ValueError(f"an interval needs at least {least} finite values, got {x.tolist()}")
-    return x
 
 
 NAMESPACE = {
