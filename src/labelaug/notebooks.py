@@ -10,7 +10,6 @@ import ast
 import difflib
 import hashlib
 import json
-import math
 import os
 import shutil
 import subprocess
@@ -28,16 +27,11 @@ import psutil
 import yaml
 
 from labelaug import paths
+from labelaug.parameters import KINDS, ParameterError, checked, yaml_text
 
-SCALARS = {"bool": bool, "int": int, "float": float, "str": str}
-KINDS = (*SCALARS, "list[int]", "list[float]", "list[str]")
 PROFILES = ("smoke", "default", "paper")  # "default" is the parameters cell itself; profiles.yml holds the others
 PACKAGE = Path(__file__).parent
 CHANGES_NO_NUMBER = ("cli.py", "claims.py", "notebooks.py", "book.py")
-
-
-class ParameterError(ValueError):
-    """A section, a profile or a parameter that does not exist, or a value of the wrong type."""
 
 
 class NotebookError(RuntimeError):
@@ -132,7 +126,7 @@ def _inspect(section: str, path: Path, text: str) -> dict[str, Parameter]:
                     f"{section}: write the parameter {name} as '{name}: TYPE = VALUE  # meaning' with one '=' in the "
                     f"line and one of these types: {', '.join(KINDS)}"
                 )
-            default = _checked(section, name, kind, ast.literal_eval(node.value))
+            default = checked(section, name, kind, ast.literal_eval(node.value))
             found[name] = Parameter(name, kind, default, seen[name]["help"])
     return found
 
@@ -164,7 +158,7 @@ def resolve(section: str, profile: str = "default", overrides: dict | None = Non
         for name, value in given.items():
             if name not in parameters:
                 raise ParameterError(f"{origin}: no parameter '{name}'{_nearest(name, parameters)}")
-            values[name] = _checked(origin, name, parameters[name].kind, value)
+            values[name] = checked(origin, name, parameters[name].kind, value)
     return values
 
 
@@ -185,37 +179,13 @@ def resolve_all(names, profile: str = "default", overrides: dict | None = None) 
     }
 
 
-def _checked(origin: str, name: str, kind: str, value):
-    """``value`` as ``kind``; text is converted, anything else must have the type already."""
-    try:
-        if not kind.startswith("list["):
-            return _scalar(kind, value)
-        items = _yaml(value) if isinstance(value, str) else value
-        if not isinstance(items, list | tuple):
-            raise ValueError("not a list")
-        return [_scalar(kind[5:-1], item) for item in items]
-    except (ValueError, KeyError, yaml.YAMLError):
-        raise ParameterError(f"{origin}: {name} must be {kind}, got {value!r}") from None
-
-
-def _scalar(kind: str, value):
-    # Python's own reading of numbers, not YAML 1.1's, for which 1e-3 is text, 010 is eight and 1:30 is ninety.
-    if isinstance(value, str):
-        value = {"true": True, "false": False}[value.lower()] if kind == "bool" else SCALARS[kind](value)
-    if kind == "float" and type(value) is int:
-        value = float(value)
-    if type(value) is not SCALARS[kind] or (kind == "float" and not math.isfinite(value)):
-        raise ValueError(f"not a {kind}")
-    return value
-
-
 def _profile(profile: str, section: str) -> dict:
     """What profiles.yml sets for a section, all leaves as text, after a check of the names in the whole file."""
     path = paths.NOTEBOOKS / "profiles.yml"
     if profile not in PROFILES:
         raise ParameterError(f"no profile '{profile}'{_nearest(profile, PROFILES)}")
     try:
-        declared = _yaml(path.read_text(encoding="utf-8")) or {}
+        declared = yaml_text(path.read_text(encoding="utf-8")) or {}
     except yaml.YAMLError as error:
         raise ParameterError(f"profiles.yml is not YAML: {' '.join(str(error).split())}") from None
     for name, settings in declared.items():
@@ -227,12 +197,6 @@ def _profile(profile: str, section: str) -> dict:
             if values and not isinstance(values, dict):
                 raise ParameterError(f"profiles.yml, {name}, {owner}: expected 'parameter: value', got {values!r}")
     return (declared.get(profile) or {}).get(section) or {}
-
-
-@lru_cache(maxsize=64)
-def _yaml(text: str):
-    """YAML with its leaves left as text; not to be changed by who gets it."""
-    return yaml.load(text, yaml.BaseLoader)
 
 
 def _nearest(name: str, known) -> str:

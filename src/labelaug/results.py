@@ -20,6 +20,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from labelaug import parameters
 from labelaug.paths import BUILD, PROJECT
 
 METADATA_KEY = b"labelaug"
@@ -162,6 +163,14 @@ class Section:
     name: str
     folder: Path
     started: float
+
+    def check(self, namespace: dict) -> None:
+        """Refuse parameters of another type than the notebook declares, under plain papermill too.
+
+        Args: namespace: ``globals()`` of the notebook, after its parameters cell.
+        Raises: ParameterError.
+        """
+        parameters.check(self.name, namespace)
 
     def write(self, table: str, frame: pd.DataFrame, *, description, seconds: float | None = None) -> None:
         """Write ``tables/<table>.parquet`` and ``.csv``; ``seconds`` defaults to the time since the section began."""
