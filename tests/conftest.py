@@ -102,6 +102,8 @@ class Project:
         (root / "package" / "training").mkdir(parents=True)  # stands in for the code that the keys of runs depend on
         for name in ("losses.py", "training/linear.py", "cli.py", "claims.py", "notebooks.py", "book.py"):
             (root / "package" / name).write_text("x = 1\n")
+        self.listed = []
+        self.list_sections()
         self.profiles("smoke: {}\npaper: {}\n")
 
     def use(self, monkeypatch) -> "Project":
@@ -120,6 +122,13 @@ class Project:
     def profiles(self, text: str) -> None:
         (self.notebooks / "profiles.yml").write_text(text, encoding="utf-8")
 
+    def list_sections(self, *names: str) -> None:
+        """Put names into the table of contents, which says what is a section."""
+        self.listed += [name for name in names if name not in self.listed]
+        chapters = "".join(f"\n      - file: {name}" for name in self.listed)
+        toc = f"format: jb-book\nroot: index\nparts:\n  - chapters:{chapters or ' []'}\n"
+        (self.root / "book" / "_toc.yml").write_text(toc, encoding="utf-8")
+
     def write(self, section: str, parameters: str, *code: str, text: str = "# A section", data: tuple = ()) -> Path:
         """A notebook: a Markdown cell, the parameters cell, code cells."""
         cells = [{"cell_type": "markdown", "metadata": {}, "source": text}]
@@ -130,6 +139,7 @@ class Project:
             cell["id"] = f"cell-{number}"
         metadata = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
         metadata |= {"labelaug": {"data": list(data)}}
+        self.list_sections(section)
         path = self.notebooks / f"{section}.ipynb"
         notebook = {"cells": cells, "metadata": metadata, "nbformat": 4, "nbformat_minor": 5}
         path.write_text(json.dumps(notebook, indent=1), encoding="utf-8")

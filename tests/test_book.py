@@ -194,8 +194,21 @@ def build_sample(folder: Path, *cells: dict, pages: dict[str, str] | None = None
 
 @pytest.fixture(scope="module")
 def sample(tmp_path_factory) -> Path:
-    """Folder of the sample's pages, below a folder with a space and a letter beyond ASCII."""
-    return build_sample(tmp_path_factory.mktemp("sample") / "a böok").parent
+    """Folder of the sample's pages, below a folder with a space and a letter beyond ASCII.
+
+    Built from within a folder whose files have the names of modules that Sphinx imports, and with what macOS leaves
+    beside each file on a foreign disk.
+    """
+    folder, here = tmp_path_factory.mktemp("sample") / "a böok", tmp_path_factory.mktemp("here")
+    for name in ("yaml", "json", "jupyter_book", "sphinx", "study"):
+        (here / f"{name}.py").write_text("raise SystemExit('from the working folder')")
+    for place in ("pages", "pages/_static", "runs/0123456789ab/figures", "runs/0123456789ab/tables"):
+        (folder / place).mkdir(parents=True, exist_ok=True)
+        for name in ("._theory.md", "._study.css", "._fig-margin-light.svg", "._runs.csv", "theory 2.md"):
+            (folder / place / name).write_bytes(b"\x00\x05\x16\x07\xff")
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.chdir(here)
+        return build_sample(folder).parent
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -210,6 +223,8 @@ def test_sample_builds_and_a_second_time_does_nothing(sample, monkeypatch):
     before = stamps(sample)
     assert {"index.html", "theory.html", "01_sample.html", "_sources/01_sample.ipynb"} <= before.keys()
     assert sorted(p.name for p in sample.parent.iterdir()) == ["html", "pages", "runs", "source"]  # no leftovers
+    source = sample.parent / "source"
+    assert not list(source.rglob("._*")) and not (source / "theory 2.md").exists()
     monkeypatch.setattr(subprocess, "run", None)  # what a build would call
     assert build_sample(sample.parent) == sample / "index.html" and stamps(sample) == before
     changed = {"theory": THEORY + "\nOne more line.\n"}

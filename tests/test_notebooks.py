@@ -151,6 +151,63 @@ def test_a_section_is_named_in_full_by_its_beginning_or_by_its_file(one, monkeyp
             notebooks.match([name])
 
 
+COPIES = [
+    "01_one-Copy1.ipynb", "01_one 2.ipynb", "01_one copy.ipynb", "01_one - Copy.ipynb", "01_one (1).ipynb",
+    "._01_one.ipynb", "01_one (conflicted copy 2026-11-27).ipynb",
+    "01_one.sync-conflict-20261127-101010-ABCDEFG.ipynb", "01_one-LAPTOP.ipynb", "01_one.ipynb~", ".01_one.ipynb.swp",
+    "#01_one.ipynb#", "01_one.ipynb.orig", "01_one_BASE_123.ipynb", "01_one.out.ipynb", "01_one_executed.ipynb",
+    "02_mine.ipynb", ".ipynb_checkpoints/01_one-checkpoint.ipynb", "old/01_one.ipynb", "01_one_copy.ipynb",
+    "lab_01.ipynb",
+]  # fmt: skip
+
+
+def test_only_what_the_table_of_contents_lists_is_a_section(one):
+    """Copies that editors, file managers, synchronisers, git and papermill leave, and folders of a notebook's name."""
+    source = one.notebooks / "01_one.ipynb"
+    for name in COPIES:
+        (one.notebooks / name).parent.mkdir(exist_ok=True)
+        shutil.copy(source, one.notebooks / name)
+    (one.notebooks / "._01_one.ipynb").write_bytes(b"\x00\x05\x16\x07")
+    (one.notebooks / "03_folder.ipynb").mkdir()
+    one.list_sections("index", "03_folder", "04_not_written", "appendix/05_far", "../06_out")
+    assert notebooks.sections() == notebooks.match([]) == notebooks.match(["01"]) == ["01_one"]
+    for name in COPIES:
+        with pytest.raises(ParameterError, match="is no section"):
+            notebooks.match([str(one.notebooks / name)])
+    one.list_sections("02_mine")  # the control: what one puts there is one
+    assert notebooks.sections() == ["01_one", "02_mine"]
+
+
+def test_what_is_left_in_a_sections_runs_is_no_run(project):
+    """Files that systems and synchronisers leave beside runs, and a copy of one, neither stop a run nor replace it."""
+    project.write("01_one", "n: int = 1")
+    run = project.finish("01_one")
+    (run.parent / "._abc").write_bytes(b"\x00")
+    (run.parent / ".DS_Store").write_bytes(b"\x00")
+    for name in (".new-file", ".sync-a-b-c", "._x-1-2-3", ".old-abc-1-x"):
+        (run.parent / name).write_text("none of ours")
+    (run.parent / "notes").mkdir()
+    (run.parent / "desktop.ini").write_text("")
+    (run / "._run.json").write_bytes(b"\x00")
+    project.write("01_one", "n: int = 1", "n")
+    (second,) = run_sections(progress=False)
+    assert notebooks.current_runs() == ({"01_one": second.path}, [])
+    assert not run.exists() and (run.parent / "notes").exists()
+
+
+@pytest.mark.parametrize("text", ["parts: [", "", "- a\n- b", "parts: {chapters: 3}", "file: [1]"])
+def test_a_damaged_table_of_contents_is_one_sentence_or_lists_nothing(one, text):
+    (one.root / "book" / "_toc.yml").write_text(text)
+    if text == "parts: [":
+        with pytest.raises(ParameterError, match=r"^\S.*_toc.yml is not YAML: [^\n]*$"):
+            notebooks.sections()
+    else:
+        assert notebooks.sections() == []
+    (one.root / "book" / "_toc.yml").unlink()
+    with pytest.raises(ParameterError, match=r"there is no .*_toc.yml, which lists the sections: use a checkout"):
+        notebooks.sections()
+
+
 # The key
 
 

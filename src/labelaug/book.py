@@ -73,23 +73,28 @@ def assemble(
     Returns: ``source``.
     Raises: BookError if a notebook is missing, was not run through or is not in the table of contents.
     """
-    wanted: dict[str, Path | str] = {f"_generated/{name}": text for name, text in generated.items()}
-    for pattern in ("*.md", "references.bib", "_toc.yml", "_static/**/*"):
-        wanted |= {file.relative_to(pages).as_posix(): file for file in pages.glob(pattern) if file.is_file()}
     toc = pages / "_toc.yml"
     try:
         listed = parse_toc_yaml(toc)
     except MalformedError as error:
         raise BookError(f"{toc} is no table of contents: {error}") from None
+    wanted: dict[str, Path | str] = {f"_generated/{name}": text for name, text in generated.items()}
+    for pattern in (*(f"{name}.md" for name in listed), "references.bib", "_toc.yml", "_static/**/*"):
+        wanted |= {file.relative_to(pages).as_posix(): file for file in _ours(pages, pattern)}
     for section, run in runs.items():
         if section not in listed:
             raise BookError(f"section {section} is not in {toc}; add it there")
         wanted[f"{section}.ipynb"] = _finished(section, run / "notebook.ipynb")
         for kind, suffix in (("figures", "svg"), ("tables", "csv")):
-            wanted |= {f"{kind}/{section}/{file.name}": file for file in (run / kind).glob(f"*.{suffix}")}
+            wanted |= {f"{kind}/{section}/{file.name}": file for file in _ours(run / kind, f"*.{suffix}")}
     wanted |= {f"_assets/{name}": file for name, file in fetch_assets().items()}
     _mirror(wanted, source)
     return source
+
+
+def _ours(folder: Path, pattern: str) -> list[Path]:
+    """The files of that pattern, without the hidden ones that systems and editors leave beside them."""
+    return [file for file in folder.glob(pattern) if file.is_file() and not file.name.startswith(".")]
 
 
 def build(source: Path, *, config: Path = CONFIG, html: Path = BUILD / "html") -> Path:
@@ -109,8 +114,9 @@ def build(source: Path, *, config: Path = CONFIG, html: Path = BUILD / "html") -
         *(sys.executable, "-c", "from jupyter_book.cli.main import main; main()", "build", source),
         *("--config", config, "--toc", source / "_toc.yml", "--path-output", work, "--all", "-W", "--keep-going", "-q"),
     ]
-    utf8 = os.environ | {"PYTHONIOENCODING": "utf-8"}
-    done = subprocess.run(command, env=utf8, capture_output=True, encoding="utf-8", errors="replace")
+    # no module of the folder where one happens to be is taken for one of Sphinx's
+    environment = os.environ | {"PYTHONIOENCODING": "utf-8", "PYTHONSAFEPATH": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, encoding="utf-8", errors="replace")
     if done.returncode:
         shutil.rmtree(work, ignore_errors=True)
         raise BookError(f"the book was not built; mend what its log says:\n{_readable(done.stderr, source)}")

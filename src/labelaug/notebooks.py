@@ -11,6 +11,7 @@ import difflib
 import hashlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -71,8 +72,28 @@ class Run:
 
 
 def sections() -> list[str]:
-    """Names of all sections, in the order of the book."""
-    return sorted(path.stem for path in paths.NOTEBOOKS.glob("[0-9][0-9]_*.ipynb"))
+    """Names of all sections: the notebooks ``NN_name`` that the book's table of contents lists, in order.
+
+    Whatever else lies beside them, such as a copy that an editor, a synchroniser or papermill made, is no section.
+    """
+    toc = paths.PROJECT / "book" / "_toc.yml"
+    try:
+        listed = _toc_files(yaml_text(toc.read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        raise ParameterError(f"there is no {toc}, which lists the sections: use a checkout of the study") from None
+    except yaml.YAMLError as error:
+        raise ParameterError(f"{toc} is not YAML: {' '.join(str(error).split())}") from None
+    return sorted(name for name in listed if re.fullmatch(r"\d\d_\w+", name) and _source(name).is_file())
+
+
+def _toc_files(entry) -> list[str]:
+    """Each "file" of a table of contents, at any depth."""
+    if isinstance(entry, list):
+        return [name for item in entry for name in _toc_files(item)]
+    if not isinstance(entry, dict):
+        return []
+    own = [entry["file"]] if isinstance(entry.get("file"), str) else []
+    return own + [name for value in entry.values() for name in _toc_files(value)]
 
 
 def match(names) -> list[str]:
@@ -470,11 +491,12 @@ def _is_alive(owner: str) -> bool:
 
 def _clean(folder: Path) -> None:
     """Remove what dead processes left half-done in a section's folder; a run that one was replacing comes back."""
-    for path in folder.glob(".*-*-*-*"):
-        state, key, owner = path.name.split("-", 2)
-        if _is_alive(owner):
+    for path in folder.iterdir():
+        ours = re.fullmatch(r"\.(new|old)-([^-]+)-(\d+-\d+)", path.name)
+        if ours is None or _is_alive(ours[3]):
             continue
-        if state == ".old" and not (folder / key).exists():
+        state, key, _ = ours.groups()
+        if state == "old" and not (folder / key).exists():
             path.rename(folder / key)
         else:
             shutil.rmtree(path, ignore_errors=True)
