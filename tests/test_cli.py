@@ -135,6 +135,35 @@ def test_run_fetches_the_image_sets_that_its_sections_name_and_lack(command, pro
     assert done.exit_code == 0 and done.stderr == "no network; its section runs on scikit-learn's digits\n"
 
 
+def test_the_parameters_decide_what_is_fetched(command, project, monkeypatch):
+    """README's own-data command, offline: the default's sets are not asked for, and nothing runs on digits."""
+    project.write("03_pairs", "pairs: list[str] = ['cifar10:a:b', 'cifar100:c:d']", data=["{pairs}"])
+    project.write("08_one", "image_set: str = 'mnist'", data=["{image_set}"])
+    folder = project.root / "no data"
+    folder.mkdir()
+    (folder / "mydata.npz").write_bytes(b"read by the section alone")
+    asked = []
+
+    def download(name, folder):
+        asked.append(name)
+        raise images.DataMissing(f"{name}: no network")
+
+    monkeypatch.setattr(images, "download", download)
+    monkeypatch.setattr(notebooks, "run_sections", lambda names, **options: [])
+    done = command("run", "03", "-p", "pairs", '["mydata:cat:dog"]')
+    assert (done.exit_code, done.stderr, asked) == (0, "", [])
+    assert command("run", "03", "08", "-p", "pairs", '["mydata:cat:dog", "digits:3:8", "svhn:1:2"]').exit_code == 0
+    assert asked == ["svhn", "mnist"]
+    asked.clear()
+    project.profiles("smoke: {03_pairs: {pairs: ['mydata:cat:dog']}, 08_one: {image_set: mydata}}")
+    assert command("run", "--profile", "smoke").stderr == "" and asked == []
+    done = command("run", "08", "-p", "image_set", "mydta")
+    assert asked == ["mydta"] and done.stderr == "mydta: no network; its section runs on scikit-learn's digits\n"
+    done = command("run", "03", "-p", "pairs", '["../x:cat:dog"]')
+    sentence = "Error: 03_pairs: an image set's name is made of letters, digits, '-', '_' and '.', got '../x'\n"
+    assert (done.exit_code, done.stderr) == (1, sentence)
+
+
 def test_run_prints_where_the_notebooks_are(command, project):
     folders = [project.finish(section) for section in ("01_one", "02_two")]
     done = command("run")

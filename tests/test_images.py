@@ -503,9 +503,9 @@ def test_download_fetches_once_and_verifies(name, tmp_path, web, monkeypatch, ca
     assert {path.name for path in here.iterdir()} == {
         Path(file).parts[0] for file in images.LAYOUTS[name].files
     }  # neither archives nor temporary folders
-    before = images.fingerprint(here)
+    before = images.fingerprint([name], here)
     monkeypatch.setattr(socket, "getaddrinfo", None)
-    assert same(images.download(name, here), read) and images.fingerprint(here) == before
+    assert same(images.download(name, here), read) and images.fingerprint([name], here) == before
     assert capsys.readouterr().err == ""
 
 
@@ -622,24 +622,45 @@ def test_standardise_refuses():
         images.standardise(x[:0])
 
 
-def test_fingerprint(tmp_path, own):
-    first = images.fingerprint(tmp_path)
-    assert first == images.fingerprint(tmp_path) and re.fullmatch("[0-9a-f]{64}", first)
+def test_fingerprint_is_of_the_content_of_the_files_that_would_be_read(tmp_path, own):
+    first = images.fingerprint(["own"], tmp_path)
+    assert re.fullmatch("[0-9a-f]{64}", first)
+    os.utime(tmp_path / "own.npz", ns=(1, 1))
     (tmp_path / "notes.txt").write_text("no image file")
-    assert images.fingerprint(tmp_path) == first
-    assert images.fingerprint(tmp_path / "not there") == images.fingerprint(tmp_path / "neither") != first
-    seen = {first}
+    (tmp_path / "unrelated.npz").write_bytes(b"x")
+    assert images.fingerprint(["own"], tmp_path) == first
+    missing = images.fingerprint(["own"], tmp_path / "not there")
+    assert missing == images.fingerprint(["own"], tmp_path / "neither") != first
+    seen = {first, missing, images.fingerprint(["own", "unrelated"], tmp_path), images.fingerprint([], tmp_path)}
+    content = (tmp_path / "own.npz").read_bytes()
+    (tmp_path / "own.npz").write_bytes(content[:-1] + bytes([content[-1] ^ 1]))  # one bit; same size, same time
     os.utime(tmp_path / "own.npz", ns=(1, 1))
-    seen.add(images.fingerprint(tmp_path))
-    (tmp_path / "own.npz").write_bytes(b"longer" * 999)
-    os.utime(tmp_path / "own.npz", ns=(1, 1))
-    seen.add(images.fingerprint(tmp_path))
-    (tmp_path / "own.npz").rename(tmp_path / "renamed.npz")
-    seen.add(images.fingerprint(tmp_path))
+    seen.add(images.fingerprint(["own"], tmp_path))
+    assert len(seen) == 5
+    assert images.fingerprint(["digits"], tmp_path) == images.fingerprint(["digits"], tmp_path / "not there")
+
+
+def test_fingerprint_takes_the_layout_that_is_read_before_an_npz(tmp_path):
+    (tmp_path / "mnist.npz").write_bytes(b"x")
+    npz = images.fingerprint(["mnist"], tmp_path)
     (tmp_path / "MNIST" / "raw").mkdir(parents=True)
     (tmp_path / "MNIST" / "raw" / "t10k-labels-idx1-ubyte").write_bytes(b"")
-    seen.add(images.fingerprint(tmp_path))
-    assert len(seen) == 5
+    layout = images.fingerprint(["mnist"], tmp_path)
+    (tmp_path / "mnist.npz").write_bytes(b"y")
+    assert images.fingerprint(["mnist"], tmp_path) == layout != npz
+
+
+def test_a_folder_in_place_of_an_image_file_is_one_sentence(tmp_path):
+    (tmp_path / "own.npz").mkdir()
+    with pytest.raises(DataError, match=r"own.npz is there but cannot be read \(Is a directory\)"):
+        images.fingerprint(["own"], tmp_path)
+
+
+@pytest.mark.parametrize("text", ["mydata", "mydata:cat", "a:b:c:d", ":cat:dog", "mydata::dog", ""])
+def test_a_pair_of_another_form_is_refused(text):
+    assert images.parse_pair("cifar10:airplane:automobile") == ("cifar10", "airplane", "automobile")
+    with pytest.raises(ValueError, match=rf"a pair is written SET:CLASS:CLASS, .* got '{text}'"):
+        images.parse_pair(text)
 
 
 # torchvision beside a torch that its compiled part does not fit

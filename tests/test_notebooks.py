@@ -1,15 +1,16 @@
 """Parameters are refused before anything starts, what is current is kept, what is not is run; all on tiny notebooks."""
 
 import json
+import os
 import shutil
 import sys
 
+import numpy as np
 import papermill.cli
 import pytest
 from conftest import Project
 
 from labelaug import notebooks, paths
-from labelaug.data import images
 from labelaug.notebooks import NotebookError, ParameterError, resolve, run_sections
 
 PARAMETERS = """\
@@ -213,10 +214,7 @@ def test_a_damaged_table_of_contents_is_one_sentence_or_lists_nothing(one, text)
 
 def test_the_key_follows_each_ingredient_and_nothing_else(one, tmp_path, monkeypatch):
     """Change one thing at a time, from an unchanged state each time; what must not matter is the control."""
-    one.write("01_one", PARAMETERS, "1 + 1", data=["cifar100"])
-    data = tmp_path / "data"
-    data.mkdir()
-    monkeypatch.setenv("LABELAUG_DATA", str(data))
+    one.write("01_one", PARAMETERS, "if lr:\n    from labelaug.training import linear", "1 + 1")
     source, package = one.notebooks / "01_one.ipynb", one.root / "package"
 
     def key(**changes):
@@ -234,20 +232,170 @@ def test_the_key_follows_each_ingredient_and_nothing_else(one, tmp_path, monkeyp
     assert key(n_seeds=6) != first
     assert edited(source, "1 + 1", "1 + 2") != first
     assert edited(source, '"parameters"', '"parameters", "hide-input"') != first
-    assert edited(package / "losses.py", "", "\n") != first
-    assert edited(package / "training" / "new.py", "", "x = 1\n") != first
+    assert edited(package / "training" / "linear.py", "", "\n") != first
+    assert edited(package / "training" / "__init__.py", "", "\n") != first
+    assert edited(package / "__init__.py", "", "\n") != first
     assert edited(one.root / "requirements.txt", "numpy", "torch") != first
-    assert edited(data / "cifar100.npz", "", "x") != first
 
     assert edited(source, '"execution_count": null', '"execution_count": 7') == first
     assert edited(source, '"tags": [', '"execution": {"a": 1}, "tags": [') == first
-    for name in notebooks.CHANGES_NO_NUMBER:
-        assert edited(package / name, "", "\n# a comment\n") == first
-    one.write("01_one", PARAMETERS, "1 + 1")
-    without = key()
-    (data / "cifar100.npz").write_text("x")
-    assert key() == without and without != first  # a section that reads no images does not depend on them
-    assert images.fingerprint(data) != images.fingerprint(tmp_path)
+    assert edited(package / "losses.py", "", "x = 2") == first  # no section imports it
+    assert edited(package / "training" / "new.py", "", "x = 1\n") == first
+    (package / "training" / "linear.py").write_text("def f():\n    from labelaug import losses\n")
+    first = key()
+    assert edited(package / "losses.py", "", "x = 2") != first  # now one does, in a function of a module
+
+
+def test_a_change_of_the_package_makes_stale_what_imports_it_and_nothing_else(tmp_path, monkeypatch):
+    """The real sections: 16 to 19 print intervals; none imports the engine, the ledger or what runs notebooks."""
+    package = tmp_path / "package"
+    shutil.copytree(notebooks.PACKAGE, package, ignore=shutil.ignore_patterns("__pycache__"))
+    monkeypatch.setattr(notebooks, "PACKAGE", package)
+    monkeypatch.setenv("LABELAUG_DATA", str(tmp_path))
+    settings = notebooks.resolve_all(notebooks.sections())
+    text = {name: (paths.NOTEBOOKS / f"{name}.ipynb").read_text(encoding="utf-8") for name in settings}
+
+    def keys():
+        return {name: notebooks._plan(name, values, "default").key for name, values in settings.items()}
+
+    def stale(module, old, new):
+        source = (package / module).read_text(encoding="utf-8")
+        assert old in source
+        (package / module).write_text(source.replace(old, new, 1), encoding="utf-8")
+        changed = {name for name, key in keys().items() if key != before[name]}
+        (package / module).write_text(source, encoding="utf-8")
+        return changed
+
+    before = keys()
+    assert len(settings) == 19 and len(set(before.values())) == 19
+    printing = {name for name in text if "mean_interval" in text[name]}
+    assert sorted(name[:2] for name in printing) == ["16", "17", "18", "19"]
+    assert stale("intervals.py", "level: float = 0.95", "level: float = 0.475") == printing
+    for module in ("engine.py", "cluster.py", "claims.py", "notebooks.py", "cli.py", "book.py"):
+        assert stale(module, "import", "x = 1\nimport") == set()
+    assert stale("__init__.py", "", "x = 1\n") == set(text)
+    assert stale("plots.py", "import", "x = 1\nimport") == {name for name in text if "plots" in text[name]}
+    assert keys() == before
+
+
+def test_a_run_that_imported_what_its_key_does_not_follow_fails(project):
+    """Each run is held against its closure, those of the real book too; a statement in a function is the control."""
+    project.write("01_one", "n: int = 1", "def late():\n    from labelaug import keys\nlate()")
+    by_call = "import labelaug\nfrom importlib import import_module\nimport_module('labelaug.keys')"
+    project.write("02_two", "n: int = 1", by_call)
+    with pytest.raises(NotebookError) as caught:
+        run_sections(progress=False)
+    assert str(caught.value) == (
+        "02_two: its key does not follow labelaug.keys, which it imported: use an import statement for it; the "
+        f"notebook as it stopped is {project.build / 'failed' / '02_two.ipynb'}"
+    )
+    assert notebooks.current_runs()[1] == ["02_two"]
+
+
+# Image sets and committed results
+
+
+@pytest.fixture
+def sets(project, tmp_path, monkeypatch):
+    """A section that reads the image sets of its parameter; the data folder; what writes an image set into it."""
+    monkeypatch.setenv("LABELAUG_DATA", str(tmp_path))
+    project.write("03_pairs", "pairs: list[str] = ['own:cat:dog']\nn: int = 1", data=["{pairs}"])
+
+    def put(name, **changes):
+        x, y = np.arange(12, dtype=np.uint8).reshape(4, 1, 3), np.array([0, 1, 0, 1])
+        np.savez(tmp_path / f"{name}.npz", **{"x_train": x, "y_train": y, "x_test": x, "y_test": y} | changes)
+        return tmp_path / f"{name}.npz"
+
+    def key(**overrides):
+        return notebooks._plan("03_pairs", resolve("03_pairs", overrides=overrides), None).key
+
+    put.key = key
+    return put
+
+
+def test_labels_exchanged_in_a_file_of_the_same_size_and_time_make_a_run_stale(sets):
+    file = sets("own")
+    before, first = file.stat(), sets.key()
+    assert sets("own", y_train=np.array([1, 0, 1, 0])) == file
+    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+    after = file.stat()
+    assert (after.st_size, after.st_mtime_ns) == (before.st_size, before.st_mtime_ns)
+    exchanged = sets.key()
+    assert exchanged != first
+    content = file.read_bytes()
+    other = file.with_name("other.npz")  # another file in its place, with the same name, size and time
+    sets("other")
+    os.utime(other, ns=(before.st_atime_ns, before.st_mtime_ns))
+    os.replace(other, file)
+    assert sets.key() == first and file.read_bytes() != content
+    os.utime(file, ns=(1, 1))  # the control: touched, moved away and back, nothing has changed
+    file.rename(other)
+    assert sets.key() not in (first, exchanged)  # missing is another state
+    other.rename(file)
+    assert sets.key() == first
+
+
+def test_only_the_sets_that_the_parameters_name_make_a_run_stale(sets):
+    sets("own")
+    first, other = sets.key(), sets.key(pairs=["other:cat:dog"])
+    for name in ("unrelated", "own2", "cifar10", ".own", "own copy"):
+        sets(name)
+        assert sets.key() == first
+    assert sets.key(pairs=["other:cat:dog"]) == other != first
+    sets("other")
+    assert sets.key(pairs=["other:cat:dog"]) != other and sets.key() == first
+
+
+@pytest.mark.parametrize(
+    ("pairs", "names"),
+    [
+        (["cifar10:airplane:automobile", "cifar100:apple:bear"], ["cifar10", "cifar100"]),
+        (["mydata:cat:dog"], ["mydata"]), (["mydata:a:b", "mydata:b:c"], ["mydata"]), (["digits:3:8"], ["digits"]),
+        (["mydata"], ["mydata"]), ([], []),
+    ],
+)  # fmt: skip
+def test_the_parameters_decide_which_image_sets_are_read(project, pairs, names):
+    project.write("03_pairs", "pairs: list[str] = ['cifar10:airplane:automobile']", data=["{pairs}"])
+    assert notebooks.image_sets("03_pairs", {"pairs": pairs}) == names
+    project.write("08_one", "image_set: str = 'mnist'", data=["{image_set}", "svhn"])
+    assert notebooks.image_sets("08_one", {"image_set": "own"}) == ["own", "svhn"]
+
+
+@pytest.mark.parametrize("name", ["../secret", "a b", "/etc/x", ""])
+def test_a_name_that_no_image_set_can_have_is_refused(project, name):
+    project.write("03_pairs", "pairs: list[str] = ['a:b:c']", data=["{pairs}"])
+    with pytest.raises(ParameterError, match="03_pairs: an image set's name is made of letters"):
+        notebooks.image_sets("03_pairs", {"pairs": [f"{name}:cat:dog"]})
+    project.write("03_pairs", "pairs: list[str] = ['a:b:c']", data=["{pair}"])
+    with pytest.raises(ParameterError, match="its metadata name a parameter 'pair'; did you mean 'pairs'"):
+        notebooks.image_sets("03_pairs", {"pairs": ["a:b:c"]})
+
+
+def test_the_committed_results_of_the_scale_that_the_parameters_name_decide(project, monkeypatch, tmp_path):
+    monkeypatch.setattr(paths, "RESULTS", tmp_path)
+    path = project.write("16_u", "scale: str = 'cpu'")
+    path.write_text(path.read_text().replace('"data": []', '"results": ["study-{scale}"]'))
+
+    def key(scale):
+        return notebooks._plan("16_u", {"scale": scale}, None).key
+
+    before = {scale: key(scale) for scale in ("cpu", "gpu")}
+    (tmp_path / "study-gpu.parquet").write_text("x")
+    (tmp_path / "study-gpu 2.parquet").write_text("y")
+    assert key("cpu") == before["cpu"] and key("gpu") != before["gpu"]
+
+
+def test_the_real_sections_read_what_their_parameters_name():
+    """As they are set today, and with the image sets and scales that a reader may name."""
+    settings = notebooks.resolve_all(notebooks.sections())
+    named = {name: notebooks.image_sets(name, values) for name, values in settings.items()}
+    assert {name[:2]: found for name, found in named.items() if found} == {
+        "03": ["cifar10", "cifar100"], "08": ["mnist"], "10": ["mnist"], "11": ["mnist", "cifar10"],
+    }  # fmt: skip
+    own = settings["03_binary_images"] | {"pairs": ["mydata:cat:dog"]}
+    assert notebooks.image_sets("03_binary_images", own) == ["mydata"]
+    for name in ("16_u_curve", "17_when_to_stop", "18_gradient_norms", "19_noise_on_images"):
+        assert notebooks._read_by(name, "results", {"scale": "own"})[0] == "over-training-own"
 
 
 # Running

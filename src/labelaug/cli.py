@@ -48,14 +48,16 @@ def _overrides(context, option, pairs):
     return dict(pairs)
 
 
-def _fetch(sections):
-    """Try to download the image sets that sections name in their metadata and that are not in the data folder.
+def _fetch(settings):
+    """Try to download the image sets that sections read under their parameters and that are not in the data folder.
 
     A set that cannot be had is no error here: its section says so on its page and runs on the digits.
+    Args: settings: section -> its parameters, as ``resolve_all`` gives them.
     """
     from labelaug import notebooks, paths
 
-    for name in notebooks.image_sets(sections):
+    names = [name for section, parameters in settings.items() for name in notebooks.image_sets(section, parameters)]
+    for name in dict.fromkeys(names):
         from labelaug.data import images  # slow to import, and most sections read no images
 
         if not images.is_there(name, paths.data_dir()):
@@ -118,8 +120,7 @@ def run(notebooks, profile, overrides, force, jobs):
 
     results.commit()  # a wrong $LABELAUG_COMMIT is told first, too
     names = match(notebooks)
-    resolve_all(names, profile, overrides)  # a mistake is told before anything is downloaded
-    _fetch(names)
+    _fetch(resolve_all(names, profile, overrides))  # a mistake is told before anything is downloaded
     runs = run_sections(names, profile=profile, overrides=overrides, force=force, jobs=jobs)
     for finished in runs:
         click.echo(f"{finished.section}: {finished.path / 'notebook.ipynb'}")
@@ -136,11 +137,11 @@ def book(profile, force, jobs):
 
     from labelaug import book as pages
     from labelaug import claims, results
-    from labelaug.notebooks import run_sections, sections
+    from labelaug.notebooks import resolve_all, run_sections, sections
 
     started = time.perf_counter()
     results.commit()
-    _fetch(sections())
+    _fetch(resolve_all(sections(), profile))
     runs = {finished.section: finished.path for finished in run_sections(profile=profile, force=force, jobs=jobs)}
     rows = claims.evaluate(runs)
     generated = {

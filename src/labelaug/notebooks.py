@@ -13,6 +13,7 @@ import json
 import os
 import re
 import shutil
+import string
 import subprocess
 import sys
 import tempfile
@@ -22,17 +23,20 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import suppress
 from dataclasses import dataclass, fields
 from functools import lru_cache
+from itertools import product
 from pathlib import Path
 
 import psutil
 import yaml
 
 from labelaug import paths
+from labelaug.imports import PACKAGE, imported_modules
 from labelaug.parameters import KINDS, ParameterError, checked, yaml_text
 
 PROFILES = ("smoke", "default", "paper")  # "default" is the parameters cell itself; profiles.yml holds the others
-PACKAGE = Path(__file__).parent
-CHANGES_NO_NUMBER = ("cli.py", "claims.py", "notebooks.py", "book.py")
+IMPORTED = """\
+import json, sys
+print(json.dumps([name for name in sys.modules if name.partition(".")[0] == "labelaug"]))"""
 
 
 class NotebookError(RuntimeError):
@@ -152,17 +156,42 @@ def _inspect(section: str, path: Path, text: str) -> dict[str, Parameter]:
     return found
 
 
-def image_sets(names) -> list[str]:
-    """The image sets that sections name in their notebooks' metadata, ``{"labelaug": {"data": ["cifar10", …]}}``."""
-    found = [name for section in names for name in _notebook(section)["metadata"].get("labelaug", {}).get("data", [])]
-    return list(dict.fromkeys(found))
+def image_sets(section: str, parameters: dict) -> list[str]:
+    """The image sets that a section reads under ``parameters``, as its metadata say: ``{"labelaug": {"data": […]}}``.
+
+    An entry is a set's name, or the parameter in braces that holds one or several; of "cifar10:cat:dog" the set is what
+    stands before the colon.
+    Raises: ParameterError for a name that no set can have.
+    """
+    names = list(dict.fromkeys(entry.partition(":")[0] for entry in _read_by(section, "data", parameters)))
+    if names:
+        from labelaug.data import images  # slow to import, and most sections read no images
+
+        for name in names:
+            try:
+                images.check_name(name)
+            except ValueError as error:
+                raise ParameterError(f"{section}: {error}") from None
+    return names
 
 
-def _committed_results(section: str) -> list[str]:
-    """SHA-256 of each file of results that a section names, ``{"labelaug": {"results": ["STUDY-SCALE", …]}}``."""
-    names = _notebook(section)["metadata"].get("labelaug", {}).get("results", [])
-    files = [paths.RESULTS / f"{name}.parquet" for name in names]
+def _committed_results(section: str, parameters: dict) -> list[str]:
+    """SHA-256 of each file of results that a section reads, ``{"labelaug": {"results": ["STUDY-{scale}", …]}}``."""
+    files = [paths.RESULTS / f"{name}.parquet" for name in _read_by(section, "results", parameters)]
     return [hashlib.sha256(file.read_bytes()).hexdigest() if file.exists() else "none" for file in files]
+
+
+def _read_by(section: str, what: str, parameters: dict) -> list[str]:
+    """What the metadata name, with each parameter in braces replaced by its value, or by each of its values."""
+    found = []
+    for entry in _notebook(section)["metadata"].get("labelaug", {}).get(what, []):
+        fields = [field for _, field, _, _ in string.Formatter().parse(entry) if field is not None]
+        for field in fields:
+            if field not in parameters:
+                raise ParameterError(f"{section}: its metadata name a parameter '{field}'{_nearest(field, parameters)}")
+        values = [value if isinstance(value, list) else [value] for value in map(parameters.get, fields)]
+        found += [entry.format(**dict(zip(fields, choice, strict=True))) for choice in product(*values)]
+    return found
 
 
 def resolve(section: str, profile: str = "default", overrides: dict | None = None) -> dict:
@@ -275,13 +304,13 @@ class _Plan:
 
 
 def _plan(section: str, parameters: dict, profile: str | None) -> _Plan:
-    """The key: notebook, parameters, package code, pins and what the section reads: image sets, committed results."""
+    """The key: notebook, parameters, the code it imports, pins and what it reads: image sets, committed results."""
     notebook = _notebook(section)
     data = None
-    if image_sets([section]):
+    if sets := image_sets(section, parameters):
         from labelaug.data import images
 
-        data = images.fingerprint(paths.data_dir())
+        data = images.fingerprint(sets, paths.data_dir())
     cells = [
         {
             "type": cell["cell_type"],
@@ -290,20 +319,16 @@ def _plan(section: str, parameters: dict, profile: str | None) -> _Plan:
         }
         for cell in notebook["cells"]
     ]
+    modules = imported_modules(_code(notebook), PACKAGE)
+    code = {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in modules.items()}
     requirements = (paths.PROJECT / "requirements.txt").read_text(encoding="utf-8")
-    ingredients = [cells, parameters, _code_hash(PACKAGE), requirements, data, _committed_results(section)]
+    ingredients = [cells, parameters, code, requirements, data, _committed_results(section, parameters)]
     digest = hashlib.sha256(json.dumps(ingredients, sort_keys=True).encode()).hexdigest()
     return _Plan(section, profile, parameters, digest[:12], data)
 
 
-def _code_hash(package: Path) -> str:
-    """SHA-256 over the modules that can change a number."""
-    digest = hashlib.sha256()
-    for path in sorted(package.rglob("*.py")):
-        name = path.relative_to(package).as_posix()
-        if name not in CHANGES_NO_NUMBER:
-            digest.update(f"{name}\n{path.stat().st_size}\n".encode() + path.read_bytes())
-    return digest.hexdigest()
+def _code(notebook: dict) -> list[str]:
+    return ["".join(cell["source"]) for cell in notebook["cells"] if cell["cell_type"] == "code"]
 
 
 def read_run(path: Path) -> Run:
@@ -575,8 +600,14 @@ def _execute(job: dict, temporary: Path, folder: Path, report) -> str | None:
         def _kernel_spec_manager_default(self):
             return KernelSpecManager(parent=self, kernel_dirs=[])
 
-    temporary.mkdir(parents=True)
+    own = temporary / ".kernel"
+    own.mkdir(parents=True)
     os.environ["LABELAUG_RUN_DIR"] = str(temporary)
+    notebook = json.loads(Path(job["source"]).read_text(encoding="utf-8"))
+    follows = imported_modules(_code(notebook))
+    last = {"cell_type": "code", "metadata": {}, "source": IMPORTED, "execution_count": None, "outputs": []}
+    notebook["cells"].append(last | ({"id": "imported"} if notebook["nbformat_minor"] >= 5 else {}))
+    (own / "source.ipynb").write_text(json.dumps(notebook), encoding="utf-8")
     record = job["record"] | environment()
     at = 0
 
@@ -588,7 +619,7 @@ def _execute(job: dict, temporary: Path, folder: Path, report) -> str | None:
     started = time.perf_counter()
     try:
         papermill.execute_notebook(
-            _literal(Path(job["source"])),
+            _literal(own / "source.ipynb"),
             _literal(temporary / "notebook.ipynb"),
             job["changed"],
             kernel_name="python3",
@@ -599,17 +630,36 @@ def _execute(job: dict, temporary: Path, folder: Path, report) -> str | None:
             on_cell_start=on_cell_start,
         )
     except papermill.PapermillExecutionError as error:
+        _restore(temporary / "notebook.ipynb", job["section"])
         said = error.evalue.strip().rsplit("\n", 1)[-1].strip().rstrip(".")
         return f"{_place(job, error.cell_index)} {error.ename}{f': {said}' if said else ''}"
     except DeadKernelError:  # what papermill saved by then says that all went well
+        _restore(temporary / "notebook.ipynb", job["section"])
         return f"{_place(job, at)} the death of its kernel (killed, or out of memory)"
     record["seconds"] = round(time.perf_counter() - started, 3)
-    _without_machine_paths(temporary / "notebook.ipynb", job["section"])
+    unseen = _restore(temporary / "notebook.ipynb", job["section"]) - follows.keys()
+    if unseen:
+        names = ", ".join(sorted(unseen))
+        return f"{job['section']}: its key does not follow {names}, which it imported: use an import statement for it"
     (temporary / "run.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    shutil.rmtree(own)
     _publish(temporary, folder)
     _drop_superseded(folder, record)
     Path(job["failed"]).unlink(missing_ok=True)
     return None
+
+
+def _restore(path: Path, section: str) -> set[str]:
+    """Make the executed notebook the section's own again: without our last cell, and without this machine's folders.
+
+    Returns: the modules of the package that the kernel held at the end; none if it did not come so far.
+    """
+    notebook = json.loads(path.read_text(encoding="utf-8"))
+    outputs = notebook["cells"].pop()["outputs"]
+    notebook["metadata"]["papermill"] |= {"input_path": f"notebooks/{section}.ipynb", "output_path": f"{section}.ipynb"}
+    path.write_text(json.dumps(notebook, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    printed = "".join("".join(output["text"]) for output in outputs if output["output_type"] == "stream")
+    return set(json.loads(printed)) if printed else set()
 
 
 def _place(job: dict, index: int) -> str:
@@ -623,13 +673,6 @@ def _place(job: dict, index: int) -> str:
 def _keep(notebook: Path, place: Path) -> Path:
     place.parent.mkdir(parents=True, exist_ok=True)
     return notebook.replace(place)
-
-
-def _without_machine_paths(path: Path, section: str) -> None:
-    """papermill notes where it read and wrote; the reader who downloads the notebook has other folders."""
-    notebook = json.loads(path.read_text(encoding="utf-8"))
-    notebook["metadata"]["papermill"] |= {"input_path": f"notebooks/{section}.ipynb", "output_path": f"{section}.ipynb"}
-    path.write_text(json.dumps(notebook, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

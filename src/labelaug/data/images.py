@@ -14,8 +14,9 @@ import re
 import socket
 import tempfile
 import zipfile
+from collections.abc import Iterable
 from dataclasses import dataclass, field
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -127,6 +128,12 @@ class BinarySet:
     labels_test: np.ndarray = field(repr=False)
 
 
+def check_name(name: str) -> None:
+    """Raise ValueError for a name that cannot be a file's."""
+    if not re.fullmatch(r"\w[\w.-]*", name):
+        raise ValueError(f"an image set's name is made of letters, digits, '-', '_' and '.', got {name!r}")
+
+
 def load_images(name: str, data_dir: str | Path) -> ImageSet:
     """The image set ``name`` of the folder, in canonical order, checked; never uses the network.
 
@@ -140,8 +147,7 @@ def load_images(name: str, data_dir: str | Path) -> ImageSet:
     Raises: ValueError for a name that cannot be a file's; DataMissing if the set is not there; DataError if it is there
     and truncated, altered, malformed or, for a published set, not the published content.
     """
-    if not re.fullmatch(r"\w[\w.-]*", name):
-        raise ValueError(f"an image set's name is made of letters, digits, '-', '_' and '.', got {name!r}")
+    check_name(name)
     folder = Path(data_dir).expanduser()
     if name == "digits":
         if _stat(folder / "digits.npz"):
@@ -221,18 +227,44 @@ def download(name: str, data_dir: str | Path) -> ImageSet:
     return load_images(name, folder)
 
 
-def fingerprint(data_dir: str | Path) -> str:
-    """SHA-256 (hex) over path, size and mtime of every image file of the folder; reads none of them.
+def fingerprint(names: Iterable[str], data_dir: str | Path) -> str:
+    """SHA-256 (hex) of the files that `load_images` would read for these sets: which they are, and their content.
 
-    A missing folder has the fingerprint of an empty one.
+    A set that is not there counts as missing; ``digits`` has no file.
+    Raises: DataError if a file is there and cannot be read.
     """
     folder = Path(data_dir).expanduser()
-    known = {file for layout in LAYOUTS.values() for file in layout.files + layout.meta}
-    digest = hashlib.sha256()
-    for file in sorted(known | {path.name for path in folder.glob("*.npz")}):
-        if stat := _stat(folder / file):
-            digest.update(json.dumps([file, stat.st_size, stat.st_mtime_ns]).encode())
-    return digest.hexdigest()
+    found = {}
+    for name in names:
+        layout = LAYOUTS[name].files + LAYOUTS[name].meta if _has_layout(name, folder) else (f"{name}.npz",)
+        found[name] = {file: _content(folder / file) for file in layout if name != "digits"}
+    return hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest()
+
+
+def _content(path: Path) -> str | None:
+    """SHA-256 of a file, read again when anything about it has changed, the time of the change included."""
+    stat = _stat(path)
+    return stat and _hashed(path, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino)
+
+
+@lru_cache(maxsize=256)
+def _hashed(path: Path, *state: int) -> str:
+    try:
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise DataError(f"{path} is there but cannot be read ({error.strerror}); check its permissions") from error
+
+
+def parse_pair(text: str) -> tuple[str, str, str]:
+    """Image set, negative and positive class of ``SET:CLASS:CLASS``.
+
+    Raises: ValueError for any other form.
+    """
+    parts = text.split(":")
+    if len(parts) != 3 or not all(parts):
+        raise ValueError(f"a pair is written SET:CLASS:CLASS, as in cifar10:airplane:automobile, got {text!r}")
+    return tuple(parts)
 
 
 def binary_subset(images: ImageSet, negative: str, positive: str) -> BinarySet:
