@@ -7,7 +7,8 @@ PROFILE ?= default
 STUDY ?= over-training
 SCALE ?= cpu
 WORKERS ?= 2
-RUN := .venv/bin/python
+# -P: a file yaml.py in the folder where one stands is not taken for the module
+RUN := .venv/bin/python -P
 
 help:  ## show this
 	@sed -n 's/^\([a-z]*\):.*## /  make \1|/p' Makefile | awk -F'|' '{printf "%-14s%s\n", $$1, $$2}'

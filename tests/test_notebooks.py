@@ -2,9 +2,13 @@
 
 import json
 import os
+import re
 import shutil
+import subprocess
 import sys
+from pathlib import Path
 
+import matplotlib
 import numpy as np
 import papermill.cli
 import pytest
@@ -548,3 +552,139 @@ def test_plain_papermill_runs_a_notebook_without_us(project, tmp_path):
     papermill.cli.papermill(command, standalone_mode=False)
     assert "n is 7" in out.read_text()
     assert not paths.BUILD.exists()
+
+
+# A reader's own computer
+
+MARK = "import builtins\nbuiltins.intruders = [*getattr(builtins, 'intruders', []), '{}']\n"
+SEES = """\
+import builtins, json, os, sys
+import matplotlib, numpy, seaborn, yaml
+from matplotlib import pyplot
+seen = {
+    'intruders': getattr(builtins, 'intruders', []),
+    'asserts': __debug__,
+    'hash': hash('a word'),
+    'backend': pyplot.get_backend(),
+    'settings': {k: str(v) for k, v in matplotlib.rcParams.items() if k not in ('backend', 'backend_fallback')},
+    'styles': 'mine' in matplotlib.style.available,
+    'variables': sorted(k for k in os.environ if k.startswith(('SCIPY_', 'PANDAS_', 'SKLEARN_', 'PYTHON'))),
+    'files': [module.__file__ for module in (matplotlib, numpy, seaborn, yaml)],
+}"""
+WRITES = "open(os.environ.get('LABELAUG_RUN_DIR', '.') + '/seen.json', 'w').write(json.dumps(seen))"
+
+
+@pytest.fixture
+def configured(project, tmp_path, monkeypatch):
+    """A computer on which everything is configured: each setting leaves a mark where it arrives. Returns the marks."""
+    home, elsewhere, here = tmp_path / "home", tmp_path / "elsewhere", tmp_path / "here"
+    files = {
+        home / ".ipython/profile_default/startup/00-seed.py": MARK.format("startup"),
+        home / ".ipython/profile_default/startup/10-magic.ipy": MARK.format("startup.ipy"),
+        home / ".ipython/profile_default/ipython_config.py": "c.InteractiveShellApp.exec_lines = ['import ofhome']",
+        home / ".config/matplotlib/matplotlibrc": "lines.linewidth: 7\n",
+        home / ".config/matplotlib/stylelib/mine.mplstyle": "lines.linewidth: 8\n",
+        elsewhere / "startup.py": MARK.format("PYTHONSTARTUP"),
+        elsewhere / "matplotlibrc": "font.size: 23\n",
+        project.notebooks / "matplotlibrc": "axes.linewidth: 5\n",
+        project.notebooks / "seaborn.py": MARK.format("beside the notebooks"),
+        project.notebooks / "ofhome.py": MARK.format("ipython_config"),
+        **{here / f"{name}.py": "raise SystemExit('from here')" for name in (
+            "yaml", "json", "numpy", "torch", "psutil", "papermill", "labelaug", "sitecustomise", "ast", "tempfile"
+        )},
+        here / "matplotlibrc": "axes.grid: True\n",
+    }  # fmt: skip
+    for file, text in files.items():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text)
+    variables = {
+        "HOME": home, "XDG_CONFIG_HOME": home / ".config", "PYTHONSTARTUP": elsewhere / "startup.py",
+        "MATPLOTLIBRC": elsewhere, "MPLBACKEND": "pdf",
+        "MPLCONFIGDIR": home / ".config" / "matplotlib", "PYTHONOPTIMIZE": "1", "PYTHONHASHSEED": "5",
+        "PYTHONWARNINGS": "always", "SCIPY_ARRAY_API": "1", "PANDAS_FUTURE_INFER_STRING": "0",
+        "IPYTHONDIR": home / ".ipython",
+        "PYTHONPATH": os.pathsep.join(["", str(Path(notebooks.__file__).parents[1])]),
+    }  # fmt: skip
+    for name, value in variables.items():
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.delenv("PYTHONSAFEPATH", raising=False)
+    monkeypatch.chdir(here)
+
+
+def test_nothing_that_a_reader_has_configured_reaches_a_section(project, configured):
+    """The control is plain papermill, which is a reader's own affair: there every one of the settings arrives."""
+    project.write("01_one", "n: int = 1", SEES, WRITES)
+    (run,) = run_sections(progress=False)
+    seen = json.loads((run.path / "seen.json").read_text())
+    default = matplotlib.rcParamsDefault
+    assert seen["intruders"] == [] and seen["asserts"] and not seen["styles"]
+    assert seen["backend"].endswith("inline")
+    assert seen["settings"] == {k: str(default[k]) for k in seen["settings"]}
+    assert seen["variables"] == ["PYTHONHASHSEED", "PYTHONPATH", "PYTHONSAFEPATH", "PYTHONUTF8"]
+    assert all("site-packages" in file for file in seen["files"])
+    same = "import sys; sys.stdout.write(str(hash('a word')))"
+    hashed = subprocess.run([sys.executable, "-c", same], env={"PYTHONHASHSEED": "0"}, capture_output=True, text=True)
+    assert str(seen["hash"]) == hashed.stdout
+    assert sorted(path.name for path in run.path.iterdir()) == ["notebook.ipynb", "run.json", "seen.json"]
+
+    command = [sys.executable, "-P", "-m", "papermill", "01_one.ipynb", "out.ipynb"]
+    subprocess.run(command, cwd=project.notebooks, check=True, capture_output=True)
+    plain = json.loads((project.notebooks / "seen.json").read_text())
+    by_ipython = ["PYTHONSTARTUP", "startup", "startup.ipy", "ipython_config", "beside the notebooks"]
+    assert plain["intruders"] == by_ipython and not plain["asserts"] and plain["styles"]
+    assert plain["backend"] == "pdf" and plain["settings"]["axes.linewidth"] == "5.0"
+    assert {"PYTHONOPTIMIZE", "SCIPY_ARRAY_API"} <= set(plain["variables"]) and plain["hash"] != seen["hash"]
+
+
+@pytest.mark.parametrize("where", ["MATPLOTLIBRC", "home"])
+def test_the_other_matplotlibrcs_do_not_arrive_either(project, configured, where, monkeypatch):
+    """With none beside the notebook, matplotlib takes MATPLOTLIBRC's, then that of its own folder: so the control."""
+    (project.notebooks / "matplotlibrc").unlink()
+    sees = "import os, matplotlib\nwidth, size = (matplotlib.rcParams[k] for k in ('lines.linewidth', 'font.size'))"
+    writes = "open(os.environ.get('LABELAUG_RUN_DIR', '.') + '/seen.txt', 'w').write(f'{width} {size}')"
+    project.write("01_one", "n: int = 1", sees, writes)
+    if where == "home":
+        monkeypatch.delenv("MATPLOTLIBRC")
+    (run,) = run_sections(progress=False)
+    assert (run.path / "seen.txt").read_text() == "1.5 10.0"
+    command = [sys.executable, "-P", "-m", "papermill", "01_one.ipynb", "out.ipynb"]
+    subprocess.run(command, cwd=project.notebooks, check=True, capture_output=True)
+    assert (project.notebooks / "seen.txt").read_text() == ("7.0 10.0" if where == "home" else "1.5 23.0")
+
+
+SPAWNS = """\
+import multiprocessing, sys
+def work():
+    pass
+if __name__ == "__main__":
+    if sys.argv[1:]:
+        from labelaug.cli import main
+        main(sys.argv[1:], standalone_mode=False)
+    worker = multiprocessing.get_context("spawn").Process(target=work)
+    worker.start()
+    worker.join()
+    print(worker.exitcode)
+"""
+
+
+@pytest.mark.parametrize(("arguments", "code"), [(["data", "digits"], "0"), ([], "1")])
+def test_no_process_of_the_command_line_imports_from_the_working_folder(tmp_path, monkeypatch, arguments, code):
+    """As the workers that train are started; the control is a program that does not go through the command line."""
+    (tmp_path / "here").mkdir()
+    for name in ("pickle", "socket", "tempfile", "yaml", "torch", "click"):
+        (tmp_path / "here" / f"{name}.py").write_text("raise SystemExit('from here')")
+    (tmp_path / "program.py").write_text(SPAWNS)
+    monkeypatch.delenv("PYTHONSAFEPATH", raising=False)
+    command = [sys.executable, str(tmp_path / "program.py"), *arguments]
+    done = subprocess.run(command, cwd=tmp_path / "here", capture_output=True, text=True)
+    assert done.stdout.splitlines()[-1:] == [code], done.stderr
+    assert ("from here" in done.stderr) == (code == "1")
+
+
+def test_make_takes_no_module_from_the_projects_folder():
+    """Each of make's commands of a module leaves the folder where it is called out of the path."""
+    makefile = Path(__file__).parents[1] / "Makefile"
+    goals = "setup book test lab bench train".split()
+    done = subprocess.run(["make", "-n", "-f", makefile, *goals], cwd=makefile.parent, capture_output=True, text=True)
+    modules = [line for line in done.stdout.splitlines() if re.search(r"\.venv/bin/python\b.* -m ", line)]
+    assert len(modules) >= 5 and all(re.search(r"\.venv/bin/python -P +-m ", line) for line in modules), modules

@@ -93,6 +93,7 @@ json_option = click.option("--json", "as_json", is_flag=True, help="Rows as JSON
 @click.version_option(package_name="labelaug")
 def main():
     """Label smoothing and Mixup, studied: run the sections, build the book, read the claims."""
+    os.environ["PYTHONSAFEPATH"] = "1"  # no process that we start takes a module from the folder where we are called
 
 
 @main.command()

@@ -3,7 +3,8 @@
 A finished run of a section is one folder, ``RUNS/<section>/<key>/``, whose name is a hash of all that it depends on.
 It appears by one rename: whoever looks sees a whole run or none. Each notebook runs in a child process of its own
 (``python -m labelaug.notebooks``), which reports over a pipe and ends itself, its kernel and its temporary folder when
-the pipe from its parent closes.
+the pipe from its parent closes. What a reader has set for Python, IPython, Jupyter or matplotlib, and the files of the
+folder where a command is given, do not reach that process or the kernel.
 """
 
 import ast
@@ -23,6 +24,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import suppress
 from dataclasses import dataclass, fields
 from functools import lru_cache
+from importlib.util import find_spec
 from itertools import product
 from pathlib import Path
 
@@ -34,6 +36,8 @@ from labelaug.imports import PACKAGE, imported_modules
 from labelaug.parameters import KINDS, ParameterError, checked, yaml_text
 
 PROFILES = ("smoke", "default", "paper")  # "default" is the parameters cell itself; profiles.yml holds the others
+CONFIGURES = ("PYTHON", "IPYTHON", "JUPYTER", "JPY_", "MPL", "MATPLOTLIB", "PANDAS_", "SCIPY_", "SKLEARN_")
+INSTALLED = ("PYTHONHOME", "PYTHONUSERBASE", "PYTHONNOUSERSITE")  # where packages are, as PYTHONPATH, and no setting
 IMPORTED = """\
 import json, sys
 print(json.dumps([name for name in sys.modules if name.partition(".")[0] == "labelaug"]))"""
@@ -378,7 +382,7 @@ def run_sections(
 
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     jobs = min(jobs or cores, len(stale))
-    environment = os.environ | {"LABELAUG_DATA": str(paths.data_dir().absolute())}  # kernels have a folder of their own
+    environment = _environment()
     display = _Progress(progress)
     for plan in plans:
         if plan not in stale:
@@ -403,6 +407,20 @@ def run_sections(
     if failures:
         raise NotebookError("\n".join(failures))
     return [read_run(paths.RUNS / name / keys[name]) for name in names]
+
+
+def _environment() -> dict[str, str]:
+    """Variables for the processes of a section: the reader's, less those that configure what it computes with."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(CONFIGURES) or name in INSTALLED}
+    folders = [os.path.abspath(folder) for folder in os.environ.get("PYTHONPATH", "").split(os.pathsep) if folder]
+    return kept | {
+        **({"PYTHONPATH": os.pathsep.join(folders)} if folders else {}),
+        "PYTHONSAFEPATH": "1",  # no module is taken from the folder where one happens to be
+        "PYTHONHASHSEED": "0",  # sets have one order
+        "PYTHONUTF8": "1",
+        "MATPLOTLIBRC": str(Path(find_spec("matplotlib").origin).parent / "mpl-data" / "matplotlibrc"),
+        "LABELAUG_DATA": str(paths.data_dir().absolute()),  # a kernel has a folder of its own
+    }
 
 
 def _supervise(plan: _Plan, environment: dict, display: "_Progress", children: set) -> tuple[str, str, str | None]:
@@ -430,6 +448,7 @@ def _supervise(plan: _Plan, environment: dict, display: "_Progress", children: s
             text=True,
             encoding="utf-8",
             env=environment,
+            cwd=plan.folder.parent,
             start_new_session=True,  # Ctrl-C reaches the parent alone
         ) as child,
     ):
@@ -603,6 +622,7 @@ def _execute(job: dict, temporary: Path, folder: Path, report) -> str | None:
     own = temporary / ".kernel"
     own.mkdir(parents=True)
     os.environ["LABELAUG_RUN_DIR"] = str(temporary)
+    _configure_nothing(own)
     notebook = json.loads(Path(job["source"]).read_text(encoding="utf-8"))
     follows = imported_modules(_code(notebook))
     last = {"cell_type": "code", "metadata": {}, "source": IMPORTED, "execution_count": None, "outputs": []}
@@ -625,7 +645,7 @@ def _execute(job: dict, temporary: Path, folder: Path, report) -> str | None:
             kernel_name="python3",
             language="python",
             progress_bar=False,
-            cwd=Path(job["source"]).parent,
+            cwd=temporary,
             kernel_manager_class=OwnKernel,
             on_cell_start=on_cell_start,
         )
@@ -647,6 +667,17 @@ def _execute(job: dict, temporary: Path, folder: Path, report) -> str | None:
     _drop_superseded(folder, record)
     Path(job["failed"]).unlink(missing_ok=True)
     return None
+
+
+def _configure_nothing(folder: Path) -> None:
+    """Let IPython, Jupyter and matplotlib find an empty folder where they look for a reader's settings."""
+    from matplotlib import font_manager  # its list of fonts takes seconds to make, and is kept between runs
+
+    os.environ |= {"IPYTHONDIR": str(folder / "ipython"), "MPLCONFIGDIR": str(folder / "matplotlib")}
+    os.environ |= {"JUPYTER_CONFIG_DIR": str(folder / "jupyter"), "JUPYTER_RUNTIME_DIR": str(folder / "runtime")}
+    (folder / "matplotlib").mkdir()
+    manager = font_manager.fontManager
+    font_manager.json_dump(manager, folder / "matplotlib" / f"fontlist-v{manager.__version__}.json")
 
 
 def _restore(path: Path, section: str) -> set[str]:
