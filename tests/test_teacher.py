@@ -1,5 +1,6 @@
 """The teacher-student toy: its draws, its training laws, and the exact moments of its test law."""
 
+import dataclasses
 import math
 
 import numpy as np
@@ -59,7 +60,7 @@ def test_streams_are_apart():
 
 
 def test_teacher_inside_the_student():
-    draws = draw_teachers(TeacherTask(inside=True), 20, seeds=[0, 1])
+    draws = draw_teachers(TeacherTask(borrowed_from="teacher"), 20, seeds=[0, 1])
     theta = np.zeros((2, 100))
     theta[:, :5] = draws.outer
     assert np.allclose((draws.features(draws.x) @ theta[..., None])[..., 0], draws.y, atol=1e-12)
@@ -67,6 +68,30 @@ def test_teacher_inside_the_student():
     assert np.abs(risk(theta[:, None], test.moment, test.cross, test.power)).max() < 1e-7  # 1e-8 an entry
     outside = population_moments(draw_teachers(TeacherTask(), 20, seeds=[0, 1]))
     assert risk(theta[:, None], outside.moment, outside.cross, outside.power).min() > 0.1
+
+
+def test_units_of_a_stranger_have_the_law_of_the_teachers_and_are_not_his():
+    seeds = range(60)
+    own, borrowed, strange = (
+        draw_teachers(TeacherTask(teacher_std=2.0, borrowed_from=lender), 20, seeds=seeds)
+        for lender in ("nobody", "teacher", "stranger")
+    )
+    for name in ("hidden", "outer", "start", "x", "y"):
+        assert np.array_equal(getattr(own, name), getattr(strange, name)), name
+    assert np.array_equal(own.first[:, 5:], strange.first[:, 5:])
+    assert np.array_equal(borrowed.first[:, :5], own.hidden)
+    lent = strange.first[:, :5] / 2
+    # 3000 numbers: their mean square has standard error √(2/3000), their product with the teacher's 1/√3000; 4.5 each.
+    assert abs(np.square(lent).mean() - 1) < 4.5 * math.sqrt(2 / 3000)
+    for other in (own.hidden / 2, 2 * own.first[:, :5], own.x[:, :5], own.start[:, :50].reshape(60, 5, 10)):
+        assert abs((lent * other).mean()) < 4.5 / math.sqrt(3000)
+    # The least risk: 0 for the teacher's own units (to 1e-8 an entry), far from it for a stranger's.
+    least = {}
+    for name, draws in (("teacher", borrowed), ("stranger", strange)):
+        test = population_moments(draws, tolerance=1e-10)
+        best = np.linalg.solve(test.moment, test.cross[..., None])[..., 0]
+        least[name] = risk(best[:, None], test.moment, test.cross, test.power)[:, 0] / test.power
+    assert least["teacher"].max() < 1e-6 < 0.02 < least["stranger"].min()
 
 
 @pytest.mark.parametrize("norm", [0.3, 1.5, 3.2, 6.0])
@@ -147,25 +172,28 @@ def test_random_lambda_is_a_mean_over_lambda(rng):
 
 
 def test_shuffled_noise_is_the_same_noise_elsewhere():
-    draws = draw_teachers(SMALL, 7, seeds=[0, 1])
-    order = teacher._shuffles(draws)
-    i, j = np.divmod(np.arange(49), 7)
-    assert np.array_equal(np.sort(order, axis=1), np.tile(np.arange(49), (2, 1)))
-    assert np.array_equal(order[:, i == j], np.tile(np.flatnonzero(i == j), (2, 1)))  # self-pairs stay: no noise
-    mirrored = j * 7 + i
-    assert np.array_equal(order[:, mirrored], mirrored[order])
-    assert (order != np.arange(49)).mean() > 0.5
-    true, mixed, shuffled = (
-        labelled_moments(draws, ((0.3,), (1.0,)), inputs="pairs", labels=labels)
-        for labels in ("true", "mixup", "shuffled")
-    )
-    assert np.array_equal(true.moment, shuffled.moment) and not np.allclose(mixed.cross, shuffled.cross, atol=1e-3)
+    draws, lam = draw_teachers(SMALL, 7, seeds=[0, 1]), 0.3
     first, second = pairs(draws)
-    x = 0.3 * first + 0.7 * second
-    clean = draws.labels(x)
-    noise = 0.3 * draws.labels(first) + 0.7 * draws.labels(second) - clean
-    by_rows = sample_moments(draws.features(x), clean + np.take_along_axis(noise, order, 1))
-    assert np.allclose(by_rows.cross, shuffled.cross, atol=1e-14)
+    x = lam * first + (1 - lam) * second
+    noise = lam * draws.labels(first) + (1 - lam) * draws.labels(second) - draws.labels(x)
+    square, moved = noise.reshape(2, 7, 7), teacher._shuffled(noise, draws).reshape(2, 7, 7)
+    assert not moved[:, np.arange(7), np.arange(7)].any()  # self-pairs have no noise
+    above = np.triu_indices(7, 1)
+    for s in range(2):
+        there, back = square[s][above], square[s].T[above]
+        found, found_back = moved[s][above], moved[s].T[above]
+        # The same values less their mean in another order, and the order of the mirrored pairs is the same one.
+        order = np.argsort(there)[np.argsort(np.argsort(found))]
+        assert np.allclose(found, there[order] - there.mean(), atol=1e-14)
+        assert np.allclose(found_back, back[order] - back.mean(), atol=1e-14)
+        assert (order != np.arange(21)).mean() > 0.5
+        assert abs(there.mean()) > 1e-3 and abs(there.mean() - back.mean()) > 1e-4  # centring, and twice, matters
+    true, shuffled = (
+        labelled_moments(draws, ((lam,), (1.0,)), inputs="pairs", labels=labels) for labels in ("true", "shuffled")
+    )
+    by_rows = sample_moments(draws.features(x), draws.labels(x) + moved.reshape(2, 49))
+    assert np.array_equal(true.moment, shuffled.moment)
+    assert np.allclose(by_rows.cross, shuffled.cross, atol=1e-14) and not np.allclose(true.cross, by_rows.cross)
 
 
 def test_fresh_inputs_have_the_laws_that_are_said(rng):
@@ -197,8 +225,11 @@ def test_bad_input_is_refused():
         TeacherTask(first_std=0)
     with pytest.raises(ValueError, match="width must be at least 1, got 0"):
         TeacherTask(width=0)
-    with pytest.raises(ValueError, match="width 5 is not inside a student of 3"):
-        TeacherTask(num_features=3, inside=True)
+    for lender in ("teacher", "stranger"):
+        with pytest.raises(ValueError, match="a student of 3 features cannot borrow 5"):
+            TeacherTask(num_features=3, borrowed_from=lender)
+    with pytest.raises(ValueError, match=r"borrowed_from must be one of .*, got 'twin'"):
+        TeacherTask(borrowed_from="twin")
     for lam in (-0.1, 1.2, math.nan):
         with pytest.raises(ValueError, match=r"λ must lie in \[0, 1\]"):
             labelled_moments(draws, ((lam,), (1.0,)), inputs="pairs", labels="mixup")
@@ -215,7 +246,8 @@ def test_bad_input_is_refused():
 
 
 def test_prop_no_turn():
-    task = TeacherTask(num_inputs=5, width=4, num_features=30, inside=True)
+    """Part 1 on toys, part 3, and that the conditions of both are needed."""
+    task = TeacherTask(num_inputs=5, width=4, num_features=30, borrowed_from="teacher")
     draws, times = draw_teachers(task, 6, seeds=range(5)), np.arange(0, 3000, 7)
     best = np.zeros((5, 30))
     best[:, :4] = draws.outer
@@ -227,14 +259,17 @@ def test_prop_no_turn():
         weights = weights_at(train.moment, train.cross, start, times, learning_rate=0.1, discrete=True)
         distance = np.linalg.norm(weights - best[:, None], axis=-1)
         assert (np.diff(distance, axis=1) <= 1e-12).all()
-        assert (risk(weights, test.moment, test.cross, test.power) <= top * distance**2 + 1e-9).all()
+        found = risk(weights, test.moment, test.cross, test.power)
+        assert (found <= top * distance**2 + 1e-9).all()
+    # The risk itself rises on the way, on the originals in this toy.
+    assert (np.diff(found, axis=1) > 1e-3).any()
     # The limit: ERM has n = 6 < d, so the null space keeps its part of θ_0 - θ°.
     values, vectors = spectrum(train.moment)
     kept = (vectors * (values == 0)[:, None]) @ (vectors.swapaxes(1, 2) @ (start - best)[..., None])
     limit = (kept.swapaxes(1, 2) @ test.moment @ kept)[:, 0, 0]
     far = weights_at(train.moment, train.cross, start, [1e9], learning_rate=0.1)
     assert np.allclose(risk(far, test.moment, test.cross, test.power)[:, 0], limit, atol=1e-8) and limit.min() > 1e-3
-    # Part 2, and its two conditions: noise, or another law of inputs, and the teacher outside.
+    # Part 3, and its two conditions: noise, or another law of inputs, and the teacher outside.
     outside = draw_teachers(TeacherTask(num_inputs=5, width=4, num_features=30), 6, seeds=range(5))
     test = population_moments(outside, tolerance=1e-12)
     flow = weights_at(test.moment, test.cross, start, times, learning_rate=0.1, discrete=True)
@@ -244,6 +279,29 @@ def test_prop_no_turn():
         run = weights_at(train.moment, train.cross, 0 * start, times, learning_rate=0.1, discrete=True)
         found = risk(run, test.moment, test.cross, test.power)
         assert (found[:, -1] > 1.05 * found.min(1)).any()
+
+
+@pytest.mark.parametrize("m", [0.0, 1e-7, 1e-5])
+def test_prop_no_turn_leaves_the_risk_free_to_rise(m):
+    """Part 2: descent on the four points of the example, step by step; then test moments that commute with M."""
+    x = np.array([[a, b * math.sqrt(m)] for a in (1, -1) for b in (1, -1)])
+    best, sigma = np.array([2.0, 3.0]), np.array([[1, 0.98], [0.98, 1]])
+    start = best + np.array([1.0, -1.0])
+    labels, theta, risks, distances = x @ best, start, [], []
+    for _ in range(101):
+        error = theta - best
+        risks.append(error @ sigma @ error)
+        distances.append(error @ error)
+        theta = theta - 0.1 * x.T @ (x @ theta - labels) / 4
+    assert (np.diff(distances) <= 1e-13).all()  # the distance falls while the risk rises
+    assert risks[0] == pytest.approx(0.04, abs=1e-12) and risks[100] > 0.99
+    moment = x.T @ x / 4
+    end = weights_at(moment, moment @ best, start, [1e10], learning_rate=0.1)[0] - best
+    assert end @ sigma @ end == pytest.approx(0.0 if m else 1.0, abs=1e-9)
+    # Commuting: the same run, its risk under any diagonal test moment, and M = Σ with the teacher inside.
+    path = weights_at(moment, moment @ best, start, range(300), learning_rate=0.1, discrete=True) - best
+    for diagonal in ([1.0, 1.0], [0.01, 5.0], [5.0, 0.01]):
+        assert (np.diff((path**2) @ diagonal) <= 1e-12).all()
 
 
 def test_prop_label_noise(rng):
@@ -274,10 +332,32 @@ def test_prop_label_noise(rng):
         moment_test=test.moment, best=best, discrete=True,
     )  # fmt: skip
     assert np.allclose(parts["unlearnt x noise"] + parts["sample x noise"], product, atol=1e-9)
-    # Permuted noise of mean zero: the product vanishes on average. Mean over all rotations of the rows, exactly.
+    # Mixup's noise on the fifteen pairs i < j, which at λ = 1/2 are inputs of equal weight; the mean over all rotations
+    # of its values, in which each input has each value once, exactly.
     first, second = pairs(draws)
     features = draws.features(0.5 * (first + second))
-    z = rng.standard_normal((3, 36))
-    z -= z.mean(1, keepdims=True)
-    rolled = [sample_moments(features, np.roll(z, k, axis=1)).cross for k in range(36)]
-    assert np.abs(np.mean(rolled, axis=0)).max() < 1e-12 < np.abs(rolled[0]).max()
+    z = 0.5 * (draws.labels(first) + draws.labels(second)) - draws.labels(0.5 * (first + second))
+    z = z.reshape(3, 6, 6)[:, *np.triu_indices(6, 1)]
+
+    def products(values):
+        """The second term for each rotation ``[15, 3 draws, T]``."""
+        found = []
+        for shift in range(15):
+            table = np.zeros((3, 6, 6))
+            table[:, *np.triu_indices(6, 1)] = np.roll(values, shift, axis=1)
+            cross = sample_moments(features, (table + table.swapaxes(1, 2)).reshape(3, 36)).cross
+            pushed = weights_at(true.moment, cross, np.zeros((3, 20)), times, learning_rate=0.1, discrete=True)
+            found.append(2 * ((pushed @ test.moment) * (mean - best[:, None])).sum(-1))
+        return np.array(found)
+
+    centred = products(z - z.mean(1, keepdims=True))
+    assert np.abs(centred.mean(0)).max() < 1e-11 < 1e-3 < np.abs(centred).max()  # rounding against single terms
+    assert np.abs(products(z).mean(0)).max() > 1e-3  # not without the centring
+    # The labels "shuffled" are one such permutation: in the mean over many they leave no noise at any pair.
+    noise = np.zeros((3, 6, 6))
+    noise[:, *np.triu_indices(6, 1)] = z
+    noise = (noise + noise.swapaxes(1, 2)).reshape(3, 36)[:1]
+    many = teacher._shuffled(np.repeat(noise, 4000, 0), dataclasses.replace(draws, seeds=tuple(range(4000))))
+    # 15 pairs, 4.5 standard errors each: false alarm 1e-4; without centring the mean is off by more than six.
+    error = z[0].std() / math.sqrt(4000)
+    assert np.abs(many.mean(0)).max() < 4.5 * error < 6 * error < abs(z[0].mean())

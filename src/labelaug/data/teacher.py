@@ -11,9 +11,10 @@ from functools import cache
 import numpy as np
 
 # Each seed has one stream for each purpose, so that another n or another control leaves the rest alone.
-TEACHER, STUDENT, START, INPUTS, FRESH, SHUFFLE = range(6)
+TEACHER, STUDENT, START, INPUTS, FRESH, SHUFFLE, STRANGER = range(7)
 INPUT_KINDS = ("originals", "pairs", "fresh pairs", "fresh")
 LABEL_KINDS = ("mixup", "true", "shuffled")
+LENDERS = ("nobody", "teacher", "stranger")
 STEP, REACH, TERMS = 0.02, 12.0, 240  # grid of the Hermite coefficients, and how many odd ones there are
 LARGEST_NORM = 20.0
 
@@ -24,8 +25,9 @@ class TeacherTask:
 
     Args: num_inputs: dimension of x; width: hidden units of the teacher; teacher_std: standard deviation of its hidden
         weights (its outer weights are N(0, 1)); num_features: d, hidden units of the student; first_std: s₁, standard
-        deviation of the student's hidden weights; inside: the teacher's hidden units are the student's first ones, so
-        that the student can represent it.
+        deviation of the student's hidden weights; borrowed_from: whose hidden units the student's first ones are:
+        "teacher" (so that the student can represent it), "stranger" (another teacher of the same law: the student's
+        features have the same law as with "teacher", and it cannot), "nobody" (they are like its other ones).
     Raises: ValueError with the offending value. Source: paper 2, 6.1 and appendix C; book def-toy.
     """
 
@@ -34,7 +36,7 @@ class TeacherTask:
     teacher_std: float = 1.0
     num_features: int = 100
     first_std: float = 0.5
-    inside: bool = False
+    borrowed_from: str = "nobody"
 
     def __post_init__(self):
         for name in ("num_inputs", "width", "num_features"):
@@ -43,8 +45,10 @@ class TeacherTask:
         for name in ("teacher_std", "first_std"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
-        if self.inside and self.width > self.num_features:
-            raise ValueError(f"a teacher of width {self.width} is not inside a student of {self.num_features} features")
+        if self.borrowed_from not in LENDERS:
+            raise ValueError(f"borrowed_from must be one of {LENDERS}, got {self.borrowed_from!r}")
+        if self.borrowed_from != "nobody" and self.width > self.num_features:
+            raise ValueError(f"a student of {self.num_features} features cannot borrow {self.width} of them")
 
 
 @dataclass(frozen=True)
@@ -115,8 +119,10 @@ def _draw(task: TeacherTask, n: int, seed: int) -> tuple[np.ndarray, ...]:
     hidden = task.teacher_std * rng.standard_normal((task.width, task.num_inputs))
     outer = rng.standard_normal(task.width)
     first = task.first_std * stream(seed, STUDENT).standard_normal((task.num_features, task.num_inputs))
-    if task.inside:
+    if task.borrowed_from == "teacher":
         first[: task.width] = hidden
+    elif task.borrowed_from == "stranger":
+        first[: task.width] = task.teacher_std * stream(seed, STRANGER).standard_normal(hidden.shape)
     start = stream(seed, START).standard_normal(task.num_features)
     return hidden, outer, first, start, stream(seed, INPUTS).standard_normal((n, task.num_inputs))
 
@@ -132,7 +138,7 @@ def labelled_moments(draws: TeacherDraws, law, *, inputs: str, labels: str) -> M
         "originals" (the n examples: ERM), "pairs" (all n² mixed pairs, self-pairs included), "fresh pairs" (a new pair
         of points for each unordered pair, used in both orders, n of them self-pairs: at each λ as many different inputs
         as "pairs" has, each with the law of a mixed one), "fresh" (those, scaled to the test law N(0, I));
-        labels: "mixup" (λ y + (1 - λ) y'), "true" (f at the input), "shuffled" (f plus Mixup's noise, which is
+        labels: "mixup" (λ y + (1 - λ) y'), "true" (f at the input), "shuffled" (f plus Mixup's noise less its mean,
         permuted over the pairs of different examples; self-pairs have none).
     Raises: ValueError for an unknown kind, labels "mixup" or "shuffled" where no pair is mixed, or a bad law.
     """
@@ -144,7 +150,6 @@ def labelled_moments(draws: TeacherDraws, law, *, inputs: str, labels: str) -> M
     if inputs == "originals":
         return sample_moments(draws.features(draws.x), draws.y)
     first, second = pairs(draws) if inputs == "pairs" else _fresh_pairs(draws)
-    order = _shuffles(draws) if labels == "shuffled" else None
     own = np.arange(draws.n) * (draws.n + 1)  # rows of the self-pairs
     ends = None if labels == "true" else (draws.labels(first), draws.labels(second))
     total = None
@@ -156,7 +161,7 @@ def labelled_moments(draws: TeacherDraws, law, *, inputs: str, labels: str) -> M
             x = x / scale[:, None]
         y = draws.labels(x) if labels != "mixup" else lam * ends[0] + (1 - lam) * ends[1]
         if labels == "shuffled":
-            y = y + np.take_along_axis(lam * ends[0] + (1 - lam) * ends[1] - y, order, axis=1)
+            y = y + _shuffled(lam * ends[0] + (1 - lam) * ends[1] - y, draws)
         part = sample_moments(draws.features(x), y)
         terms = [weight * array for array in (part.moment, part.cross, part.power)]
         total = terms if total is None else [a + b for a, b in zip(total, terms, strict=True)]
@@ -198,16 +203,20 @@ def _fresh_pairs(draws: TeacherDraws) -> tuple[np.ndarray, np.ndarray]:
     return anchors.reshape(-1, n * n, p), partners.reshape(-1, n * n, p)
 
 
-def _shuffles(draws: TeacherDraws) -> np.ndarray:
-    """Row of the pair whose noise each pair gets ``[S, n²]``: pairs i < j are permuted, (j, i) goes with (i, j)."""
+def _shuffled(noise: np.ndarray, draws: TeacherDraws) -> np.ndarray:
+    """Noise of all pairs ``[S, n²]`` permuted among the pairs i < j; (j, i) goes with its (i, j), self-pairs have none.
+
+    First the mean is taken away, of the pairs i < j and of the pairs i > j, so that over permutations the noise at each
+    input has mean zero (book prop-label-noise).
+    """
     n = draws.n
     i, j = np.triu_indices(n, 1)
-    rows = np.tile(np.arange(n * n), (len(draws.seeds), 1))
+    moved = np.zeros_like(noise)
     for s, seed in enumerate(draws.seeds):
         order = stream(seed, SHUFFLE).permutation(len(i))
-        rows[s, i * n + j] = i[order] * n + j[order]
-        rows[s, j * n + i] = j[order] * n + i[order]
-    return rows
+        for rows in (i * n + j, j * n + i):
+            moved[s, rows] = noise[s, rows[order]] - noise[s, rows].mean()
+    return moved
 
 
 # ---------------------------------------------------------------------------------------------------------------------
