@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from scipy.integrate import quad
-from scipy.special import entr
+from scipy.special import digamma, entr, polygamma
 from scipy.stats import beta as beta_law
 
 from labelaug.theory.bounds import (
@@ -87,9 +87,9 @@ def test_prop_mixing_entropy(alpha):
         return 2 * quad(integrand, 0, 0.5**power, epsabs=1e-13, epsrel=1e-11, limit=200)[0]
 
     mean, variance = mixing_entropy(alpha)
-    # Adaptive quadrature at 1e-11; the variance is a difference of numbers below 1.
+    # Adaptive quadrature at 1e-11, of which four digits are left for what it does not promise.
     assert mean == pytest.approx(expected(coin), abs=1e-9)
-    assert variance == pytest.approx(expected(lambda lam: (coin(lam) - mean) ** 2), abs=1e-9)
+    assert variance == pytest.approx(expected(lambda lam: (coin(lam) - mean) ** 2), rel=1e-7)
     by_u = quad(lambda u: (1 - u) / (alpha * (u ** (-1 / alpha) - 1)), 0, 1, epsabs=1e-13, limit=200)[0]
     assert mean == pytest.approx(by_u, abs=1e-8)
 
@@ -103,6 +103,40 @@ def test_prop_mixing_entropy_values_order_and_limits():
     assert mixing_entropy(1e-4)[0] == pytest.approx(math.pi**2 / 6 * 1e-4, rel=1e-3)  # next order: relative α
     assert math.log(2) - mixing_entropy(1e4)[0] == pytest.approx(0.25e-4, rel=1e-3)
     assert mixing_entropy(1.0)[1] == pytest.approx(5 / 6 - math.pi**2 / 18 - 0.25, abs=ROUNDING)
+
+
+def difference(alpha):
+    """Variance of the entropy as E H² - (E H)², the two derivatives of the Beta function in float64."""
+    first, both = (digamma(alpha + a) - digamma(2 * alpha + 2) for a in (2, 1))
+    square = (alpha + 1) * (first**2 + polygamma(1, alpha + 2) - polygamma(1, 2 * alpha + 2))
+    cross = alpha * (both**2 - polygamma(1, 2 * alpha + 2))
+    return (square + cross) / (2 * alpha + 1) - (digamma(2 * alpha + 1) - digamma(alpha + 1)) ** 2
+
+
+@pytest.mark.parametrize("alpha", [8.0, 15.9, 16.0, 40.0, 1e3, 1e4, 1e5, 1e6, 1e9, 1e12])
+def test_prop_mixing_entropy_of_large_alpha(alpha):
+    """The variance against a quadrature in units of its own width, to twelve digits."""
+    x = np.linspace(-14, 14, 5601) / math.sqrt(2 * alpha)
+    x = x[np.abs(x) < 1]
+    mass = np.exp((alpha - 1) * np.log1p(-x * x))
+    mass /= mass.sum()
+    less = x * np.arctanh(x) + 0.5 * np.log1p(-x * x)  # log 2 - H_b((1 + x)/2), which does not cancel at 0
+    expected = mass @ (less - mass @ less) ** 2
+    # The trapezoidal rule is exact to rounding here: the density has 7 derivatives at ±1 at least, and at most 1e-42
+    # of the mass lies beyond. The closed form below 16 loses 8α² roundings, 5e-13.
+    assert mixing_entropy(alpha)[1] == pytest.approx(expected, rel=2e-12, abs=0)
+    # At the next order the limit: 8α²·variance = 1 - 3/(2α) + O(α⁻²), with room for four times that term at α = 8.
+    assert abs(8 * alpha**2 * expected - 1 + 1.5 / alpha) < 2 / alpha**2 + 1e-12
+
+
+def test_prop_mixing_entropy_has_no_negative_variance():
+    alphas = np.geomspace(1e-3, 1e12, 600)
+    found = np.array([mixing_entropy(alpha)[1] for alpha in alphas])
+    assert (found > 0).all() and (np.diff(found[alphas > 0.5]) < 0).all()
+    # Negative control, over many α as the errors are roundings: the difference is off by 1.4 % at α = 1e6.
+    late = alphas > 1e6
+    errors = np.array([difference(alpha) for alpha in alphas[late]]) / found[late] - 1
+    assert np.median(np.abs(errors)) > 1e-2 and (errors < -1).mean() > 0.1
 
 
 def epochs(labels, batch_size, count, rng):
@@ -147,16 +181,44 @@ def test_prop_permutation_floor_by_enumeration():
     assert permutation_floor([5000] * 10, batch_size=128, alpha=1.0) == pytest.approx(0.45 * (50000 - 391) / 49999)
 
 
-def test_prop_epoch_floor(rng):
-    """The variance of one epoch's floor is at least the bound, and near it; one λ an example has far less."""
-    labels, size, count = np.arange(640) % 4, 64, 3000
+@pytest.mark.parametrize("n", [640, 600])
+def test_prop_epoch_floor(n, rng):
+    """The variance of one epoch's floor is at least the bound, and near it; one λ an example has far less.
+
+    With 600 examples the last batch is smaller than the others.
+    """
+    labels, size, count = np.arange(n) % 4, 64, 3000
+    m = -(-n // size)
     shares, floors = epochs(labels, size, count, rng)
-    bound = mixing_entropy(1.0)[1] * shares.mean() ** 2 / (len(labels) / size)
+    unlike = permutation_floor(np.bincount(labels), batch_size=size, lams=[0.5]) / math.log(2)
+    assert unlike == pytest.approx((n - m) / (n - 1) * 0.75, abs=ROUNDING)
+    bound = mixing_entropy(1.0)[1] * unlike**2 / m
     error = ERRORS * math.sqrt(2 / count)  # relative error of a variance of nearly normal numbers
     assert floors.var() > bound * (1 - error)
     assert floors.var() < 1.2 * bound  # the shares themselves add a few per cent
     lam = rng.random((count, len(labels)))
     assert (coin(lam).mean(1) * shares.mean()).var() < bound / 10
+
+
+def test_prop_epoch_floor_needs_the_factor_of_the_batches():
+    """Two examples of two classes in batches of one: every example meets itself, and the floor of an epoch is 0.
+
+    Without (n - m)/(n - 1) the bound would be positive; with four in batches of two it is 2/3 of the classes' part.
+    """
+    assert permutation_floor([1, 1], batch_size=1, alpha=1.0) == 0.0
+    unlike = []
+    for order in itertools.permutations([0, 0, 1, 1]):
+        for swaps in itertools.product((False, True), repeat=2):
+            pair = [2 * swap * (order[2 * b] != order[2 * b + 1]) / 2 for b, swap in enumerate(swaps)]
+            unlike.append(pair)
+    unlike = np.array(unlike)  # share of unlike pairs of each batch, all 96 equally likely
+    expected = (4 - 2) / (4 - 1) * 0.5
+    assert unlike.mean() == pytest.approx(expected, abs=ROUNDING)
+    # Var F of the two-batch epoch, exactly, from the moments of shares and of H: at least the bound.
+    mean, variance = mixing_entropy(1.0)
+    exact = (unlike**2).mean(0).sum() / 4 * variance + (unlike.mean(1) * mean).var()
+    assert exact >= variance * expected**2 / 2
+    assert expected < 0.5 - 0.1  # the factor is no rounding
 
 
 def minimised(x, labels, lams, weights):

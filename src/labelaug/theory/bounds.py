@@ -196,16 +196,32 @@ def permutation_floor(
 def mixing_entropy(alpha: float) -> tuple[float, float]:
     """Mean ``ψ(2α + 1) - ψ(α + 1)`` and variance of the binary entropy of λ ~ Beta(α, α), in nats and nats².
 
+    The variance, close to 1/(8α²) for large α, would be lost there as a difference E H² - (E H)²; from α = 16 on it is
+    summed from positive terms. Relative errors are below 1e-12 for α ≥ 0.01; below, both grow as 1e-16/α.
+
     Raises: ValueError unless α > 0. Source: book prop-mixing-entropy.
     """
     check_alpha(alpha)
     mean = digamma(2 * alpha + 1) - digamma(alpha + 1)
+    if alpha >= 16:
+        return float(mean), _entropy_variance(alpha)
     # E[λ^a (1-λ)^b], differentiated twice in a, or in a and b, at (a, b) = (2, 0) and (1, 1).
     first = digamma(alpha + 2) - digamma(2 * alpha + 2)
     both = digamma(alpha + 1) - digamma(2 * alpha + 2)
     square = (alpha + 1) * (first**2 + polygamma(1, alpha + 2) - polygamma(1, 2 * alpha + 2))
     cross = alpha * (both**2 - polygamma(1, 2 * alpha + 2))
     return float(mean), float((square + cross) / (2 * alpha + 1) - mean**2)
+
+
+def _entropy_variance(alpha: float) -> float:
+    """``Σ_jk c_j c_k (m_{j+k} - m_j m_k)``, c_k = 1/(2k(2k - 1)), m_k = E(2λ - 1)^{2k}: 64 terms a side, for α ≥ 16.
+
+    All terms are positive, and ``m_{j+k}/(m_j m_k) - 1`` comes from logarithms, so that nothing cancels.
+    """
+    k, half = np.arange(1, 65)[:, None], np.arange(64) + 0.5
+    term = np.exp(-np.log1p(alpha / half).cumsum()) / (2 * k * (2 * k - 1))[:, 0]  # c_k m_k
+    ratio = np.log1p(k / (half * (1 + (half + k) / alpha))).cumsum(axis=1)  # of m_{j+k} to m_j m_k at [j, k]
+    return float(term @ np.expm1(ratio) @ term)
 
 
 def mixup_infimum(x: ArrayLike, labels: ArrayLike, *, lams: ArrayLike, weights: ArrayLike | None = None) -> float:
