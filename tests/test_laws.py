@@ -214,6 +214,68 @@ def test_cor_shares():
     assert ratio(1e-4, smoothing=0.1) < 1e-5
 
 
+@pytest.mark.parametrize("radial", ["gaussian", "ellipse"])
+@pytest.mark.parametrize(
+    "kind", [{"smoothing": 0.1}, {"mixing": THREE}, {"mixing": DiscreteLaw((0.0, 0.5), (0.5, 0.5))}]
+)
+def test_cor_shares_weight_of_the_high_feature(kind, radial):
+    """As σ_L → 0, w_H falls with σ_L under label smoothing and Mixup, also at the midpoint; the proof's bound holds."""
+    mean, std_high, stds = np.array([0.1, 0.7]), 0.3, np.array([0.1, 0.01, 0.001])
+    points, chance = spherical(radial)
+    size = chance @ np.abs(points[:, 0])  # E|⟨e, S⟩|
+    if "mixing" in kind:  # E min(t, 1 - t), over pairs of two classes
+        doubt = 0.5 * np.dot(
+            kind["mixing"].weights, np.minimum(kind["mixing"].values, 1 - np.array(kind["mixing"].values))
+        )
+    else:
+        doubt = kind["smoothing"] / 2
+    found = []
+    for std_low in stds:
+        cov = np.diag([std_low**2, std_high**2])
+        w = laws.elliptical_law(mean, cov, radial=radial, **kind).weights
+        bound = 2 * math.log(2) / (size * doubt)  # of the spread of the logit
+        assert math.sqrt(w @ cov @ w) < bound
+        assert w[1] < bound * mean[1] / std_high**2 * std_low / mean[0]
+        found.append(w[1])
+    assert found[1] < 0.2 * found[0] and found[2] < 0.05 * found[1]
+
+
+def test_cor_shares_erm_keeps_the_high_feature():
+    """Gaussian classes, hard labels: the ratio goes to 0 and the weight stays at 2μ_H/σ_H²."""
+    mean, std_high = np.array([0.1, 0.7]), 0.3
+    for std_low in (0.1, 0.05, 1e-2, 1e-4):
+        w = laws.elliptical_law(mean, np.diag([std_low**2, std_high**2])).weights
+        assert w[1] == pytest.approx(2 * mean[1] / std_high**2, rel=1e-12)
+        assert w[1] / w[0] == pytest.approx(mean[1] / mean[0] * (std_low / std_high) ** 2, rel=1e-12)
+        if std_low >= 0.05:  # scipy's minimiser on a tensor rule of 160² points; less noise needs a finer one
+            u, chance = spherical("gaussian", fine=80)
+            exact = least(*unmixed(mean + u * [std_low, std_high], chance), start=w)
+            assert np.allclose(exact, w, rtol=1e-6)
+
+
+@RULE
+@given(
+    st.lists(st.floats(0.01, 0.99), min_size=1, max_size=4, unique=True).filter(
+        lambda v: any(abs(x - 0.5) > 0.02 for x in v)
+    ),
+    st.floats(0.0, 0.95),
+)
+def test_skew_coefficient_is_negative_and_above_minus_one(values, smoothing):
+    """Exercise of the section: κ = 0 never happens. By a sum over both labels, and against mixup_margin."""
+    law = DiscreteLaw(tuple(values), tuple(np.full(len(values), 1 / len(values))))
+    margin = laws.mixup_margin(law, smoothing=smoothing)
+    above = below = 0.0
+    for lam in values:
+        for one in (1, -1):
+            for two in (1, -1):
+                s = expit(margin.value * (lam * one + (1 - lam) * two))
+                above += s * (1 - s) * (1 - 2 * s) * (lam**3 * one + (1 - lam) ** 3 * two)
+                below += s * (1 - s) * (lam**2 + (1 - lam) ** 2)
+    assert margin.skew == pytest.approx(above / below, rel=1e-9)
+    assert -1 < margin.skew < 0
+    assert laws.smoothing_margin(max(smoothing, 0.01)).skew == max(smoothing, 0.01) - 1
+
+
 def test_cor_ridge_range():
     mean, cov = np.array([1.0, 3.0]), np.array([[0.06, 0.02], [0.02, 0.5]])
     for decay in (1e-4, 1e-2, 1.0, 30.0):
