@@ -358,6 +358,36 @@ def test_cor_start_scale():
     assert moved > 30
 
 
+def test_cor_start_scale_is_strict():
+    """One mode, solved by hand: strictly later where the risk turns inside, and 0 for both where it never falls.
+
+    R = (θ° - (1 - s)(θ° + ν))² + ξ²s² with s = e^{-ηt} is least at s = ν(θ° + ν)/((θ° + ν)² + ξ²): smaller s, later.
+    """
+    sizes = np.array([0.0, 0.3, 1.0, 3.0])
+    for star, nu in ((1.0, 0.5), (2.0, 0.01)):
+        least = nu * (star + nu) / ((star + nu) ** 2 + sizes**2)
+        grid = np.linspace(0, 40, 400_001)
+        s = np.exp(-0.5 * grid)
+        found = []
+        for xi, by_hand in zip(sizes, least, strict=True):
+            parts = risk_parts(
+                np.eye(1), np.array([star]), np.array([nu]), grid, learning_rate=0.5, start_std=xi,
+                moment_test=np.eye(1), best=np.array([star]),
+            )  # fmt: skip
+            curve = sum(parts.values())
+            assert np.allclose(curve, (star - (1 - s) * (star + nu)) ** 2 + xi**2 * s**2, atol=1e-12)
+            found.append(grid[curve.argmin()])
+            assert found[-1] == pytest.approx(-np.log(by_hand) / 0.5, abs=2e-4)  # two steps of the grid
+        assert (np.diff(found) > 0.01).all()  # strictly: "not earlier" would allow equal times
+    # The risk (3 - s)² + ξ²s² only rises: both minima are at 0.
+    for xi in (0.0, 0.5):
+        parts = risk_parts(
+            np.eye(1), np.zeros(1), np.array([1.0]), np.linspace(0, 40, 4001), learning_rate=0.5, start_std=xi,
+            moment_test=np.eye(1), best=np.array([-2.0]),
+        )  # fmt: skip
+        assert sum(parts.values()).argmin() == 0
+
+
 def test_prop_learning_rate():
     """Flow with a cut schedule, by Runge–Kutta in t, is the flow of rate 1 at ∫η; descent with the same Ση is not."""
     phi, clean, noise, start = problem(14)
