@@ -47,6 +47,18 @@ def test_prop_smoothing_margin_without_and_with_negative_smoothing():
     assert signed_loss(10 * grid, -0.1)[-1] < -10  # unbounded below
 
 
+@pytest.mark.parametrize("lam", [0.1, 0.5, 0.8])
+def test_only_mixed_pairs_of_two_classes_ask_for_a_finite_logit(lam):
+    """A pair of one class keeps the target 0 or 1, whose loss falls for ever; two classes have a minimum, log odds."""
+    targets = binary_targets(torch.tensor([1, 1, 0, 0]), dtype=torch.float64)
+    mixed = mix(targets, torch.full((4,), lam, dtype=torch.float64), torch.tensor([1, 2, 3, 0]))
+    grid = torch.linspace(-20, 20, 801, dtype=torch.float64)
+    best = [grid[torch.stack([binary_soft_cross_entropy(z[None], t[None]) for z in grid]).argmin()] for t in mixed]
+    assert best[0] == 20 and best[2] == -20  # at the end of the grid, wherever it ends
+    for found, t in zip(best[1::2], (lam, 1 - lam), strict=True):
+        assert found.item() == pytest.approx(math.log(t / (1 - t)), abs=0.05)  # one step of the grid
+
+
 def test_lem_mixing():
     generator = torch.Generator().manual_seed(0)
     z = torch.randn(50, 4, generator=generator, dtype=torch.float64)
