@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.integrate import solve_ivp
 from scipy.optimize import brentq, minimize
-from scipy.special import entr, expit, softmax
+from scipy.special import entr, expit, logsumexp, softmax
 
 from labelaug.data.synthetic import Box, Elliptical, TwoFeatureTask, counterexample_task
 from labelaug.theory.laws import mixup_margin, smoothing_margin
@@ -131,6 +132,131 @@ def test_prop_symmetric_weights():
         assert abs(w[1] - w[2]) < 1e-6 and abs(w[0] - w[1]) > 1e-3
         lonely = general(written_out(x, labels, **arguments), 3)
         assert abs(lonely[1] - lonely[2]) > 1e-3  # without the symmetry of the law there is none of the weights
+
+
+def log_loss(points, mass, w):
+    """log E log(1 + e^{-s}), where the loss itself may be too small for a float."""
+    s = points @ w
+    far = s > 30  # log(1 + e^{-s}) is e^{-s} there, to twelve digits
+    return logsumexp(np.where(far, -s, np.log(np.logaddexp(0, -np.where(far, 0, s)))), b=mass)
+
+
+def crowded_box(start, width, panels=60):
+    """Nodes of a uniform law on [start, start + width], crowded at both ends, where large weights put the loss."""
+    nodes, chance = np.polynomial.legendre.leggauss(12)
+    edges = np.geomspace(1e-7, 0.5, panels)
+    edges = np.concatenate([[0], edges, (1 - edges[::-1])[1:], [1]])
+    width_of = np.diff(edges)
+    inside = edges[:-1, None] + width_of[:, None] * (nodes + 1) / 2
+    return start + width * inside.ravel(), np.outer(width_of, chance / 2).ravel()
+
+
+def test_thm_widest_margin():
+    """The comparison of the proof on a law that is no finite sample: the box, whose corner has no mass."""
+    high, mass = crowded_box(0.2, 10.0)
+    points = np.column_stack([np.full_like(high, 0.1), high])
+    widest, margin = np.array([0.1, 0.2]) / 0.05**0.5, 0.05**0.5  # the corner, {eq}`eq-max-margin` in closed form
+    assert np.allclose(max_margin(BOXES), widest / margin)
+    turns = np.linspace(0, 2 * np.pi, 181)
+    others = np.stack([np.cos(turns), np.sin(turns)], 1)
+    assert ((others @ points.T).min(1) <= margin + 1e-9).all()
+    for a in (0.05, 0.3, 1.0):
+        delta = a * margin / 2
+        radius = np.log(2 / (delta / 10)) / delta  # a ball about the corner, on the edge: mass δ/10; others have more
+        for r in (radius, 3 * radius):
+            ahead = log_loss(points, mass, (1 + a) * r * widest)
+            assert (ahead <= [log_loss(points, mass, r * v) for v in others]).all()
+    # Without the factor 1 + a it fails: of all weights of one norm those along the widest margin are not the best,
+    # and close to the origin it fails with the factor too.
+    for decay in (1e-3, 1e-5):
+        w = minimise(BOXES, Objective(weight_decay=decay)).weights
+        assert log_loss(points, mass, w) < log_loss(points, mass, np.linalg.norm(w) * widest) - 1e-3
+    assert log_loss(points, mass, np.array([0.0, 0.3])) < log_loss(points, mass, 0.3 * 1.05 * widest)
+
+
+@pytest.mark.parametrize("start", [(0.0, 0.0), (30.0, -1.0), (-5.0, 2.0)])
+def test_thm_widest_margin_from_any_start(start):
+    """The flow in the box, in log time by scipy: the inequality that is integrated, and the direction it forces."""
+    high, mass = crowded_box(0.2, 10.0, panels=30)
+    points = np.column_stack([np.full_like(high, 0.1), high])
+    widest = np.array([0.1, 0.2]) / 0.05**0.5
+
+    def velocity(log_time, w):
+        return np.exp(log_time) * (mass * expit(-points @ w)) @ points
+
+    at = np.log(np.logspace(-3, 12, 31))
+    run = solve_ivp(velocity, (at[0], at[-1]), start, method="LSODA", t_eval=at, rtol=1e-9, atol=1e-10)
+    assert run.success
+    norms, along = np.linalg.norm(run.y, axis=0), widest @ run.y
+    a, delta = 1.0, 0.05**0.5 / 2
+    late = norms > np.log(2 / (delta / 10)) / delta  # the norms for which the inequality is proved
+    assert late.sum() > 6
+    assert (np.diff(along[late]) >= np.diff(norms[late]) / (1 + a)).all()
+    angle = np.arccos(along / norms)[-9:]  # over the last four decades of time
+    # An angle to another limit would not fall like 1/‖w‖; a quarter covers the logarithm of ‖w‖ beside it.
+    assert (np.diff(angle) < 0).all() and angle[-1] / angle[0] == pytest.approx(norms[-9] / norms[-1], rel=0.25)
+    mean = points.T @ mass / np.linalg.norm(points.T @ mass)
+    elsewhere = np.arccos(mean @ run.y / norms)[-9:]  # the direction of the mean, of large weight decay, is left
+    assert elsewhere[-1] > 0.3 and (np.diff(np.abs(elsewhere - np.arccos(mean @ widest))) < 0).all()
+
+
+def test_thm_widest_margin_by_gradient_descent():
+    """Steps below 2/B arrive, from two starts and up to the bound; beyond it the loss can rise, against the proof."""
+    x, labels = two_feature_sample(np.random.default_rng(3), n=12, a=(0.5,), start=0.6, num_high=1)
+    u, value = (2.0 * labels - 1)[:, None] * x, written_out(x, labels)
+    goal = max_margin(Sample(x, labels))
+    goal /= np.linalg.norm(goal)
+    bound = 2 / np.linalg.eigvalsh(x.T @ x / len(x) / 4)[-1]
+
+    def descend(w, rate, steps, value=value):
+        path = [w]
+        for _ in range(steps):
+            path.append(path[-1] - rate * value(path[-1])[1])
+        return np.array(path)
+
+    for rate in (0.2 * bound, 0.95 * bound):
+        for begin in (np.zeros(2), np.array([3.0, -2.0])):
+            path = descend(begin, rate, 20_000)
+            assert (np.diff([value(w)[0] for w in path[::20]]) < 0).all() and (u @ path[-1] > 0).all()
+            norms, along = np.linalg.norm(path, axis=1), path @ goal
+            angle = np.arccos(along / norms.clip(1e-300))[[200, 2000, 20_000]]
+            assert (np.diff(angle) < 0).all() and angle[-1] < 0.3
+            # All that the norm gains in the last tenfold of steps it gains along the widest margin, to 5 %.
+            assert along[-1] - along[2000] > 0.95 * (norms[-1] - norms[2000]) > 0.5
+    opposed = np.array([[0.5, 3.0], [-0.5, 2.9]])  # separable by the first coordinate, at odds in the second
+    value, bound = written_out(opposed, np.array([1, 0])), 2 / np.linalg.eigvalsh(opposed.T @ opposed / 2 / 4)[-1]
+    for factor, rises in ((0.95, False), (8.0, True)):
+        losses = [value(w)[0] for w in descend(np.array([0.0, 1.0]), factor * bound, 20, value)]
+        assert (max(np.diff(losses)) > 0) == rises
+
+
+def test_least_margin_of_mixup():
+    """Exercise 2 on exact minimisers: no law of λ asks for less than 3.146, so that ε above .0825 is out of reach."""
+
+    def zero(lam, chance):
+        return brentq(mixup_low_slope, 0, 1000, args=(lam, chance), xtol=1e-12)
+
+    fixed = {lam: zero((lam,), (1.0,)) for lam in np.linspace(0.505, 0.995, 491)}
+    best = min(fixed, key=fixed.get)
+    assert fixed[best] == pytest.approx(3.1459, abs=1e-4) and best == pytest.approx(0.79, abs=0.002)
+    assert 2 * expit(-fixed[best]) == pytest.approx(0.0825, abs=5e-5)
+    # Laws of several values, 0, ½ and 1 among them: none is below, to the resolution of the grid.
+    rng = np.random.default_rng(0)
+    for _ in range(300):
+        lam = np.where(rng.random(4) < 0.2, rng.choice([0, 0.5, 1], 4), rng.uniform(0, 1, 4))
+        lam[0] = rng.uniform(0.05, 0.95)
+        chance = rng.dirichlet(np.ones(4))
+        assert zero(lam, chance) > fixed[best] - 1e-6
+    # ε = 0.1 asks for less than that; ε = 0.05 is met by one value of λ on either side, on the minimisers themselves.
+    asked = smoothing_margin(0.05).value
+    assert smoothing_margin(0.1).value < fixed[best] < asked
+    x, labels = two_feature_sample(np.random.default_rng(8), n=10)
+    for ends, there in (((0.55, best), 0.634), ((best, 0.99), 0.930)):
+        lam = brentq(lambda v: zero((v,), (1.0,)) - asked, *ends)
+        assert lam == pytest.approx(there, abs=5e-4)
+        mixed = minimise(Sample(x, labels), Objective(mixing=DiscreteLaw((lam,), (1.0,)))).weights
+        assert np.allclose(mixed, minimise(Sample(x, labels), Objective(smoothing=0.05)).weights, atol=1e-7)
+        assert not np.allclose(mixed, minimise(Sample(x, labels), Objective(smoothing=0.1)).weights, atol=0.5)
 
 
 # --- weight decay and the widest margin ----------------------------------------------------------------------------
