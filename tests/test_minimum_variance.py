@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy.integrate import solve_ivp
+from scipy.integrate import quad, solve_ivp
 from scipy.optimize import brentq, minimize
 from scipy.special import entr, expit, logsumexp, softmax
 
@@ -339,8 +339,51 @@ def test_cor_max_margin(box):
         gamma=gamma, high=Box(start * gamma, start * gamma + width), num_low=1, num_high=1, low_noise=0.0
     )
     w = max_margin(task)
-    assert w[1] >= w[0] > 0
+    assert w[1] > w[0] > 0
     assert w[1] / w[0] == pytest.approx(start)  # closed form: only the corner (γ, ℓ) binds
+    # With equality in the key inequality the norms are equal: the strict one is needed for the strict conclusion.
+    w = max_margin(TwoFeatureTask(gamma=gamma, high=Box(gamma, gamma + width), num_low=1, num_high=1))
+    assert w[1] == pytest.approx(w[0])
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_cor_max_margin_in_more_dimensions(seed):
+    """Random samples, two coordinates a feature, by scipy's quadratic program; and all the way from the origin."""
+    rng = np.random.default_rng(seed)
+    low = rng.normal(size=2)
+    low *= 0.4 / np.linalg.norm(low)
+    labels = np.arange(20) % 2
+    turn = rng.uniform(0, 2 * np.pi)
+    v = np.array([np.cos(turn), np.sin(turn)])
+    high = rng.uniform(0.41, 3, (20, 1)) * v + rng.normal(size=(20, 1)) * 3 * np.array([-v[1], v[0]])
+    u = np.column_stack([np.tile(low, (20, 1)), high])  # ⟨v, u_H⟩ > |a|: the key inequality
+    found = minimize(
+        lambda w: w @ w,
+        np.r_[low, 3 * v],
+        jac=lambda w: 2 * w,
+        constraints={"type": "ineq", "fun": lambda w: u @ w - 1, "jac": lambda w: u},
+        method="SLSQP",
+        options={"ftol": 1e-14, "maxiter": 1000},
+    ).x
+    x = (2.0 * labels - 1)[:, None] * u
+    assert np.allclose(found, max_margin(Sample(x, labels)), atol=1e-5)
+    assert share(found, slice(2, 4)) > 0.5
+    value = written_out(x, labels)
+    shares = {}
+    for name, begin in (("origin", np.zeros(4)), ("elsewhere", np.r_[5 * low, 0 * v])):
+        w, path = begin, []
+        for _ in range(300):
+            w = w - 10 ** rng.uniform(-2, 1.5) * value(w)[1]  # any learning rates
+            path.append(share(w, slice(2, 4)))
+        shares[name] = np.array(path)
+    assert shares["origin"].min() > 0.5 > shares["elsewhere"][0]
+    # Without the key inequality the norms cross on the way: the same descent on the counterexample's corners.
+    corners = np.array([[0.1, -1.0], [0.1, 11.0], [0.1, 2.0], [0.1, 8.0]])
+    w, path = np.zeros(2), []
+    for _ in range(20_000):
+        w = w + 0.1 * (expit(-corners @ w) / 4) @ corners
+        path.append(share(w, slice(1, 2)))
+    assert path[0] > 0.99 and path[-1] < 0.5
 
 
 def test_cor_max_margin_is_where_gradient_flow_goes():
@@ -465,6 +508,43 @@ def test_thm_mixup_at_the_midpoint():
     assert abs(erm.direction[1]) > 0.5  # the law that the printed hypothesis admits
 
 
+def test_thm_mixup_without_mixing():
+    """Case 3 with H unbounded: any weight on H is met by weights on L, but only after it is fixed."""
+    deviates = np.linspace(-12, 12, 4001)
+    chance = np.exp(-(deviates**2) / 2) / np.exp(-(deviates**2) / 2).sum()
+
+    def normal(t, h):  # U_L = 1, U_H ~ N(1, 4): Mixup with λ in {0, 1}, which is ERM
+        return chance @ np.logaddexp(0, -(t + h * (1 + 2 * deviates)))
+
+    for h in (-1.0, 3.0):
+        assert (np.diff([normal(t, h) for t in (1, 10, 100)]) < 0).all() and normal(100, h) < 1e-12
+    ends, half = ((0.0, 1.0), (0.3, 0.7)), ((0.0, 0.5, 1.0), (0.2, 0.5, 0.3))
+    x, labels = two_feature_sample(np.random.default_rng(6), n=12, num_high=1)
+    for t, h in ((60.0, -4.0), (60.0, 10.0)):
+        w = np.array([t, h])
+        assert written_out(x, labels, lam=ends[0], chance=ends[1])(w)[0] < 1e-6
+        # With mass at ½ the same weights stay above the infimum by what the weight on H costs.
+        assert written_out(x, labels, lam=half[0], chance=half[1])(w)[0] > 0.25 * np.log(2) + 0.05
+
+    # A law of ξ = -U_H ≥ e with P(ξ > x) = ½ (log x)^(-3/2)/x: the mean is finite, E(ξ - b)⁺ = (log b)^(-1/2). Along
+    # (t, log t) the loss is at least log t·E(ξ - t/log t)⁺ and tends to infinity; at any fixed weight it tends to 0.
+    def heavy(t, h):
+        """E g(ξ) = g(e) + ∫ g'(x) P(ξ > x) dx with g(x) = log(1 + e^{hx-t}) and x = e^y."""
+        middle = np.log(t / h)
+        end = middle + 5  # beyond it σ(hx - t) is 1 to double precision, and the integral of the tail is known
+        body = quad(lambda y: expit(h * np.exp(y) - t) * 0.5 * y**-1.5, 1, end, points=[middle], limit=500)[0]
+        return np.logaddexp(0, h * np.e - t) + h * (body + end**-0.5)
+
+    times = np.array([1e2, 1e4, 1e8, 1e16])
+    for h in (1.0, 5.0):
+        fixed = [heavy(t, h) for t in times]
+        assert np.allclose(fixed, h / np.sqrt(np.log(times / h)), rtol=0.02) and (np.diff(fixed) < 0).all()
+    growing = [heavy(t, np.log(t)) for t in times]
+    assert (np.diff(growing) > 0).all() and growing[-1] > 5
+    light = [normal(t, np.log(t)) for t in (10.0, 100.0, 1000.0)]
+    assert (np.diff(light) < 0).all() and light[-1] < 1e-12
+
+
 def test_prop_unbalanced():
     rng = np.random.default_rng(7)
     noise = rng.uniform(-1, 1, (6, 1))
@@ -499,6 +579,43 @@ def test_thm_small_variance(ratio, gamma, start, width, smooth):
     bound = margin**2 * (ratio * gamma) ** 2 / 3 / (4 * slope * gamma**2 * width**2 / 12)
     assert w[1] ** 2 <= bound
     # Without the curvature's factor the bound would be a claim about squared error, which fails somewhere: below.
+
+
+@pytest.mark.parametrize("method", ["smoothing", "mixup"])
+def test_cor_small_variance(method):
+    """Bounded inputs: w tends to (c/μ_L, 0), M to c, the bound to 0. A far, rare point on H: M grows without end."""
+    if method == "smoothing":
+        objective, margin = Objective(smoothing=0.1), smoothing_margin(0.1).value
+    else:
+        lam, chance = (0.2, 0.8), (0.5, 0.5)
+        objective, margin = (
+            Objective(mixing=DiscreteLaw(lam, chance)),
+            brentq(mixup_low_slope, 0, 50, args=(lam, chance)),
+        )
+
+    def minimiser(noise, far):
+        """μ_L = 1, noise ±σ_L; U_H is 0 or 2, or ``far`` with chance far⁻³, so that its variance is above 1 always."""
+        high, rare = np.array([0.0, 2.0, far]), far**-3.0
+        mass = np.array([(1 - rare) / 2, (1 - rare) / 2, rare])
+        u = np.array([[1 + sign * noise, h] for sign in (1, -1) for h in high])
+        law = Sample(np.r_[u, -u], np.repeat([1, 0], 6), np.tile(mass, 4) / 4)
+        w = minimise(law, objective).weights
+        largest = np.abs(u @ w).max()
+        variance = mass @ (high - mass @ high) ** 2
+        slope = expit(largest) * expit(-largest)
+        return w, largest, margin**2 * noise**2 / (4 * slope * variance)
+
+    noises = np.array([0.3, 0.1, 0.03, 0.01])
+    found = [minimiser(noise, 4.0) for noise in noises]
+    bounds = np.array([bound for *_, bound in found])
+    assert all(w[1] ** 2 <= bound for w, _, bound in found)
+    assert np.allclose(found[-1][0], [margin, 0], atol=0.01) and found[-1][1] == pytest.approx(margin, rel=0.02)
+    assert bounds[2] / bounds[3] == pytest.approx(9, rel=0.1)  # of order σ_L²: M has settled
+    # The same laws with the far point at σ_L⁻³, beyond any common R: the weight vanishes as well, the bound does not.
+    rare = [minimiser(noise, noise**-3.0) for noise in noises[:3]]
+    assert (np.diff([abs(w[1]) for w, *_ in rare]) < 0).all()
+    assert (np.diff([largest for _, largest, _ in rare]) > 0).all() and rare[-1][1] > 10 * margin
+    assert rare[-1][2] > rare[0][2] and all(w[1] ** 2 <= bound for w, _, bound in rare)
 
 
 def test_thm_small_variance_needs_its_factors():
