@@ -90,7 +90,9 @@ def test_thm_direction_variance(name, kappa):
     assert abs(moments["slope"]) < 1e-7  # 140 Gauss–Hermite nodes; the poles of σ are 1.6 deviations away or further
     sandwich = moments["rho2"] / kappa / (spread.margin * moments["curvature"]) ** 2
     assert spread.constant == pytest.approx(sandwich, rel=1e-5)  # the same rule: the Hessian never enters our formula
-    assert spread.constant > 1 / kappa
+    # Without a penalty no loss is below the normal discriminant; with one it can be, as the strong one here.
+    assert spread.constant > 1 / kappa + (objective.weight_decay == 0)
+    assert direction_spread(kappa, Objective(weight_decay=3.0)).constant < 1 + 1 / kappa
     if objective.mixing is not None:  # pairs are not independent: with E[r²], as if they were, the constant is wrong
         assert abs(moments["r2"] / moments["rho2"] - 1) > 0.2
 
@@ -158,6 +160,70 @@ def test_cor_separability_agrees_with_efron():
         fits = [np.linalg.lstsq(u, np.ones(len(u)), rcond=None)[0] for u in g]
         seen = np.mean([1000 * squared_tangent(w) / 4 for w in fits])
         assert seen == pytest.approx(1 + 1 / kappa, rel=4.5 * math.sqrt(2 / 4 / 60))  # one false alarm in 10⁵
+
+
+def quotient(slope, kappa: float) -> tuple[float, float]:
+    """A of a loss with this slope, and A by item 1 of prop-curved-margin: trapezoidal rule, kinks allowed for."""
+    g = np.linspace(-12, 12, 400_001)
+    weight = np.exp(-0.5 * g**2)
+    weight /= weight.sum()
+
+    def stationarity(c):
+        return weight @ (slope(c * (1 + g / kappa**0.5)) * (1 + g / kappa**0.5))
+
+    c = optimize.brentq(stationarity, 1e-3, 50, xtol=1e-13)
+    d = slope(c * (1 + g / kappa**0.5))
+    return weight @ d**2 / kappa / (weight @ d) ** 2, weight @ d**2 / (weight @ (d * g)) ** 2
+
+
+def test_prop_curved_margin():
+    bent = {
+        "smoothing": lambda s: 0.15 - expit(-s),
+        "huber": lambda s: np.clip(s - 2, -0.5, 0.5),
+        "uneven": lambda s: np.tanh(s - 2) + 0.3 * np.tanh(s - 2) ** 2,  # of different slopes on either side
+    }
+    for name, slope in bent.items():
+        values = [quotient(slope, kappa) for kappa in (1.0, 1e1, 1e2, 1e4)]
+        for kappa, (direct, other) in zip((1.0, 1e1, 1e2, 1e4), values, strict=True):
+            assert direct == pytest.approx(other, rel=1e-4) and direct > (1 + 1 / kappa) * (1 - 1e-9), name
+        assert values[-1][0] == pytest.approx(1, abs=2e-3), name
+    assert quotient(bent["smoothing"], 4.0)[0] == pytest.approx(
+        direction_spread(4.0, Objective(smoothing=0.3)).constant
+    )
+    # Squared error to equal margins attains the bound: the normal discriminant.
+    for kappa in (1.0, 5.0, 40.0):
+        assert quotient(lambda s: s - 1, kappa)[0] == pytest.approx(1 + 1 / kappa, rel=1e-8)
+    # The limits without a bend: a kink, a flatter bottom (finite, not 1), a flat interval (exponential).
+    # 5e-3: the kink lies between two nodes, and A divides by a mean of order κ^(-1/2).
+    assert quotient(lambda s: np.sign(s - 2), 1e4)[1] == pytest.approx(math.pi / 2, rel=5e-3)
+    assert quotient(lambda s: np.clip((s - 2) ** 3, -1, 1), 1e4)[0] == pytest.approx(5 / 3, rel=5e-3)
+    flat = [quotient(lambda s: np.clip(s - 4, 0, 1) - np.clip(1 - s, 0, 1), kappa)[1] for kappa in (10.0, 20.0, 40.0)]
+    assert flat[1] / flat[0] > 3 and flat[2] / flat[1] > 9 and flat[2] > 100
+
+
+def test_midpoint_mixup_is_within_a_percent_of_the_normal_discriminant():
+    midpoint = Objective(mixing=DiscreteLaw())
+    for kappa in (0.5, 1.0, 3.0, 9.0, 50.0):
+        assert 1 < direction_spread(kappa, midpoint).constant / (1 + 1 / kappa) < 1.01
+    assert direction_spread(5.0, UNIFORM).constant / (1 + 1 / 5) > 1.05  # no other law of λ here is that close
+
+
+def test_prop_one_example_in_other_units():
+    """Where Σ is no multiple of I the single example of widest margin points along μ, not along Fisher's direction."""
+    n, kappa = 20, 1e8
+    units = np.array([[1.0, 0.0, 0.0], [1.0, 2.0, 0.0], [0.0, 0.0, 5.0]])
+    cov, mu = units @ units.T, units[:, 0]
+    for change, expected in ((units, mu @ cov @ mu / (mu @ mu) ** 2 - 1), (3 * np.eye(3), 0.0)):
+        seen = []
+        for r in range(20):
+            drawn = draw_classes(n, 3, kappa, rng=np.random.default_rng([3, r]))
+            sample = Sample(drawn.x @ change.T, drawn.labels)
+            widest = max_margin(sample)
+            nearest = sample.turned[(sample.turned @ change[:, 0]).argmin()]
+            assert np.allclose(widest, nearest / (nearest @ nearest), rtol=0, atol=1e-7)
+            seen.append(squared_tangent(widest @ change))
+        assert np.allclose(seen, expected, atol=0.01)  # of order κ^(-1/2), times 5 standard deviations of 5
+    assert mu @ cov @ mu / (mu @ mu) ** 2 - 1 > 0.2
 
 
 def test_prop_one_example():
