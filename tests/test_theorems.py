@@ -145,6 +145,31 @@ def test_every_labelled_statement_of_the_book_has_its_test():
     assert not missing, f"no test is named after {missing}"
 
 
+def test_letters_that_change_their_meaning_are_in_the_table_of_notation():
+    """Each section that a row names uses the letter; of the four Greek letters no other section does."""
+    rows = re.findall(
+        r"^\| \$(\\?\w+)\$ \| (.*\{doc\}.*) \|$",
+        (NOTEBOOKS.parent / "book" / "notation.md").read_text(encoding="utf-8"),
+        re.M,
+    )
+    named = {letter: set(re.findall(r"\{doc\}`(\w+)`", text)) for letter, text in rows}
+    prose = {
+        path.stem: "\n".join("".join(cell["source"]) for cell in cells(path) if cell["cell_type"] == "markdown")
+        for path in NOTEBOOKS.glob("*.ipynb")
+    }
+
+    def using(letter):
+        """In mathematics: a name of TeX that goes no further, or the letter alone behind a $, a bracket or a space."""
+        pattern = rf"{re.escape(letter)}(?![a-zA-Z])" if letter[0] == "\\" else rf"(?<![\w\\]){letter}(?![a-zA-Z])"
+        return {name for name, text in prose.items() if re.search(pattern, text)}
+
+    assert {"\\kappa", "\\rho", "\\tau", "\\beta", "F", "c", "M"} <= named.keys()
+    for letter, sections in named.items():
+        assert sections <= using(letter), letter
+    for letter in ("\\kappa", "\\rho", "\\tau", "\\beta"):
+        assert named[letter] == using(letter), letter
+
+
 def test_notebooks_are_stored_without_outputs():
     for path in NOTEBOOKS.glob("*.ipynb"):
         code = [cell for cell in cells(path) if cell["cell_type"] == "code"]
