@@ -283,6 +283,23 @@ def test_thm_weight_decay(box, other, log_decay):
     assert losses[1] < losses[0]
 
 
+def test_thm_weight_decay_needs_no_bounded_support():
+    """X_H = Y(ℓ + an exponential variable): a first moment and the key inequality, by scipy on Gauss–Laguerre nodes."""
+    nodes, mass = np.polynomial.laguerre.laggauss(60)
+    for start, above in ((0.15, True), (0.0, False)):  # γ = 0.1: the second has no key inequality
+        u = np.column_stack([np.full(60, 0.1), start + 0.08 * nodes])
+        for decay in (1e-1, 1e-3, 1e-5):
+
+            def value(w, u=u, decay=decay):
+                s = u @ w
+                return mass @ np.logaddexp(0, -s) + decay / 2 * w @ w, decay * w - (mass * expit(-s)) @ u
+
+            w = general(value, 2)
+            assert np.linalg.norm(value(w)[1]) < 1e-6
+            assert not above or w[1] > w[0]
+        assert above or w[1] < w[0]
+
+
 def test_thm_weight_decay_fails_without_the_key_inequality():
     """The printed hypotheses hold for the counterexample; the conclusion does not, by scipy's optimiser as well."""
     task = counterexample_task()

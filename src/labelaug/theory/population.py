@@ -151,6 +151,8 @@ class Sample:
         x, labels = np.asarray(self.x, dtype=float), np.asarray(self.labels)
         if x.ndim != 2 or labels.shape != x.shape[:1]:
             raise ValueError(f"x must be [n, d] with labels [n], got {x.shape} and {labels.shape}")
+        if not (np.isfinite(x).all() and x.any()):
+            raise ValueError("x must be finite and not all zero: no weights matter to a law at the origin")
         if set(np.unique(labels)) != {0, 1}:
             raise ValueError(f"labels must be 0 and 1, both present, got {np.unique(labels)}")
         if not np.isfinite(x).all():
