@@ -1,8 +1,11 @@
 """The command line: one sentence and an exit code for what a user can mend, a traceback for what only we can."""
 
 import json
+import os
+import shutil
 import subprocess
 import sys
+from importlib.metadata import version
 
 import pytest
 from click.testing import CliRunner
@@ -215,6 +218,96 @@ def test_data_verifies_what_is_there(command, project, monkeypatch):
     monkeypatch.setattr(images, "download", lambda name, folder: images.load_images("digits", folder))
     done = command("data", "cifar10", "--data-dir", "sets")
     assert done.stdout.startswith("cifar10: 1438 + 359 images of 10 classes in sets, checksum ")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The package outside its project's folder
+
+
+@pytest.fixture
+def installed(tmp_path):
+    """Calls the command line of a copy in a site-packages, in a working folder; nothing may change beside the copy."""
+    site = tmp_path / "lib" / "python3" / "site-packages"
+    shutil.copytree(notebooks.PACKAGE, site / "labelaug", ignore=shutil.ignore_patterns("__pycache__"))
+    (tmp_path / "work").mkdir()
+    alone = {"PYTHONPATH": str(site), "PYTHONDONTWRITEBYTECODE": "1", "LABELAUG_COMMIT": "5" * 40}
+
+    def call(*arguments, program=("-m", "labelaug.cli"), **variables):
+        environment = os.environ | alone | variables
+        command = [sys.executable, *program, *arguments]
+        before = sorted((tmp_path / "lib").rglob("*"))
+        done = subprocess.run(command, cwd=tmp_path / "work", env=environment, capture_output=True, text=True)
+        assert sorted((tmp_path / "lib").rglob("*")) == before
+        return done
+
+    call.package = site / "labelaug"
+    return call
+
+
+@pytest.mark.parametrize("arguments", ["run", "run 01", "run -p seed 1", "book", "claims", "claims --json", "bench"])
+def test_what_needs_the_project_says_so_outside_it(installed, tmp_path, arguments):
+    done = installed(*arguments.split())
+    assert (done.returncode, done.stdout) == (1, "") and list((tmp_path / "work").iterdir()) == []
+    assert done.stderr == (
+        "Error: this needs the project's notebooks, book and benchmarks, and the package lies without them in "
+        f"{installed.package}: get the project, and in its folder `pip install -e .`\n"
+    )
+
+
+def test_training_outside_the_project_stays_in_the_working_folder(installed, tmp_path):
+    """It says where that is, and what it leaves there can be told and read there; and with what was stated of it."""
+    work = tmp_path / "work"
+    done = installed("results")
+    sentence = f"Error: no results of a study in {work / 'results'}: train one there with `labelaug train`\n"
+    assert (done.returncode, done.stdout, done.stderr) == (1, "", sentence)
+    (work / "train.py").write_text(ONE_TRIAL)
+    done = installed("train", "over-training", "--scale", "gpu", "--device", "cpu", program=["train.py"])
+    assert done.returncode == 0, done.stderr
+    merged = work / "results" / "over-training-gpu.parquet"
+    said = (
+        f"outside the project's folder: trials go to {work / 'results' / 'runs'}, what is merged to {work / 'results'}"
+    )
+    assert done.stdout == f"{merged}\n" and done.stderr.splitlines()[0] == said
+    assert sorted(path.name for path in work.iterdir()) == ["results", "train.py"]
+    (work / "results" / "._over-training-gpu.parquet").write_text("of a Mac's Finder")
+    (work / "results" / "mine-cpu.parquet").write_text("of somebody else")
+    told = installed("results")
+    assert told.returncode == 0, told.stderr
+    assert told.stdout.startswith(f"{merged.name}: over-training at scale gpu\n") and "commits 5555555" in told.stdout
+    read = "from labelaug.results import load_study; print(len(load_study('over-training', 'gpu').trials))"
+    assert installed(program=["-c", read]).stdout == "1\n"
+
+
+ONE_TRIAL = """\
+from labelaug.cli import main
+from labelaug.studies import STUDIES
+if __name__ == "__main__":
+    smoke = STUDIES["over-training"]("smoke")
+    STUDIES["over-training"] = lambda scale: smoke[1:2]
+    main()
+"""
+
+
+def test_other_commands_need_no_project(installed):
+    """Nor a version: a copy that pip does not know has none."""
+    assert installed("data", "digits").stdout.startswith("digits: 1438 + 359 images")
+    assert len(installed("train", "over-training", "--list").stdout.splitlines()) == 4
+    program = "import importlib.metadata as m\ndef version(name): raise m.PackageNotFoundError\nm.version = version\n"
+    done = installed("--version", program=["-c", f"{program}from labelaug.cli import main; main()"])
+    sentence = "Error: the package was copied, not installed by pip: its version is not known\n"
+    assert (done.returncode, done.stdout, done.stderr) == (1, "", sentence)
+    assert installed("--version").stdout == f"labelaug {version('labelaug')}\n"
+
+
+def test_a_section_outside_the_project_writes_into_the_working_folder(project, monkeypatch):
+    """As plain papermill with an installed package; the marks of a project are its notebooks and its book, together."""
+    monkeypatch.chdir(project.root)
+    monkeypatch.delenv("LABELAUG_RUN_DIR", raising=False)
+    assert results.section("01_one").folder == project.root / "scratch" / "01_one"
+    (project.root / "book" / "claims.yml").write_text("[]")
+    assert results.section("01_one").folder == results.BUILD / "scratch" / "01_one"
+    (project.notebooks / "profiles.yml").unlink()
+    assert results.section("01_one").folder == project.root / "scratch" / "01_one"
 
 
 def test_help_imports_nothing_heavy():

@@ -630,7 +630,7 @@ def test_a_gpu_is_named(monkeypatch):
 @pytest.fixture
 def command(tmp_path, monkeypatch):
     """Calls the command line in a project without results; ``train`` stops short of training."""
-    monkeypatch.setattr(paths, "PROJECT", tmp_path / "project")
+    monkeypatch.setattr(paths, "results_dir", lambda: tmp_path / "project" / "results")
     monkeypatch.setattr(engine, "run_trials", lambda trials, **options: None)
     return lambda *arguments: CliRunner().invoke(main, arguments, prog_name="labelaug")
 

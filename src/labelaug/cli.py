@@ -32,6 +32,30 @@ class _Group(click.Group):
             raise
 
 
+class _ProjectCommand(click.Command):
+    """A command that works on the project's own notebooks, book or benchmarks, and says so where there are none."""
+
+    def invoke(self, context):
+        from labelaug import paths
+
+        paths.checkout()
+        return super().invoke(context)
+
+
+def _version(context, option, value):
+    """The version that pip knows; a package that was only copied has none."""
+    if value:
+        from importlib.metadata import PackageNotFoundError, version
+
+        try:
+            click.echo(f"labelaug {version('labelaug')}")
+        except PackageNotFoundError:
+            raise click.ClickException(
+                "the package was copied, not installed by pip: its version is not known"
+            ) from None
+        context.exit()
+
+
 def _data_dir(context, option, value):
     """Use the folder of --data-dir here and in every child process."""
     if value is not None:
@@ -90,13 +114,13 @@ json_option = click.option("--json", "as_json", is_flag=True, help="Rows as JSON
 
 
 @click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
-@click.version_option(package_name="labelaug")
+@click.option("--version", is_flag=True, expose_value=False, is_eager=True, callback=_version, help="Show the version.")
 def main():
     """Label smoothing and Mixup, studied: run the sections, build the book, read the claims."""
     os.environ["PYTHONSAFEPATH"] = "1"  # no process that we start takes a module from the folder where we are called
 
 
-@main.command()
+@main.command(cls=_ProjectCommand)
 @click.argument("notebooks", nargs=-1, metavar="[NOTEBOOK]...")
 @profile_option
 @click.option(
@@ -127,7 +151,7 @@ def run(notebooks, profile, overrides, force, jobs):
         click.echo(f"{finished.section}: {finished.path / 'notebook.ipynb'}")
 
 
-@main.command()
+@main.command(cls=_ProjectCommand)
 @profile_option
 @force_option
 @jobs_option
@@ -154,7 +178,7 @@ def book(profile, force, jobs):
     click.echo(f"{index} ({time.perf_counter() - started:.0f} s)")
 
 
-@main.command("claims")
+@main.command("claims", cls=_ProjectCommand)
 @json_option
 @profile_option
 @data_option
@@ -193,7 +217,9 @@ def claims_command(as_json, profile):
     help="Begin no trial after M minutes; running ones stop after their epoch, with a checkpoint.",
 )
 @click.option(
-    "--runs", type=click.Path(file_okay=False, path_type=Path), help="Results and checkpoints.  [default: results/runs]"
+    "--runs",
+    type=click.Path(file_okay=False, path_type=Path),
+    help="Results and checkpoints.  [default: results/runs of the project, or here if the package lies outside it]",
 )
 @data_option
 @click.option("--list", "only_list", is_flag=True, help="Print each trial and how far it is; train nothing.")
@@ -213,7 +239,8 @@ def train(study, scale, workers, scheduler, device, minutes, runs, only_list):
         trials = STUDIES[study](scale)
     except ValueError as error:  # not every study has every scale
         raise click.BadParameter(str(error), param_hint="'--scale'") from None
-    runs = runs or paths.PROJECT / "results" / "runs"
+    folder = paths.results_dir()
+    runs = runs or folder / "runs"
     if only_list:
         for trial in trials:
             state, seconds = engine.status(trial, runs)
@@ -221,6 +248,8 @@ def train(study, scale, workers, scheduler, device, minutes, runs, only_list):
             click.echo(f"{trial.key}  {state:24} {cost:>10}  {trial.label}")
         return
     results.commit()  # a wrong $LABELAUG_COMMIT is told before anything is trained
+    if not paths.is_checkout():
+        click.echo(f"outside the project's folder: trials go to {runs}, what is merged to {folder}", err=True)
     if scheduler is None:
         data_dir = paths.data_dir()
     else:  # each worker's own, unless it is named here
@@ -236,7 +265,7 @@ def train(study, scale, workers, scheduler, device, minutes, runs, only_list):
             minutes=minutes,
         )
     finally:  # trials that were finished before something stopped the rest are merged too
-        merged = engine.merge(study, scale, runs=runs, folder=runs if scale == "smoke" else paths.PROJECT / "results")
+        merged = engine.merge(study, scale, runs=runs, folder=runs if scale == "smoke" else folder)
         if merged:
             click.echo(merged)
 
@@ -245,8 +274,14 @@ def train(study, scale, workers, scheduler, device, minutes, runs, only_list):
 def results_command():
     """Print what the committed results of studies are and where they come from."""
     from labelaug import paths, results
+    from labelaug.studies import SCALES, STUDIES
 
-    for path in sorted((paths.PROJECT / "results").glob("*.parquet")):
+    folder = paths.results_dir()
+    files = [folder / f"{study}-{scale}.parquet" for study in sorted(STUDIES) for scale in SCALES]
+    files = [path for path in files if path.exists()]  # whatever else lies in the folder is not ours
+    if not files:
+        raise click.ClickException(f"no results of a study in {folder}: train one there with `labelaug train`")
+    for path in files:
         found = results.load_study(*path.stem.rsplit("-", 1), folder=path.parent)
         trials = found.trials
         click.echo(f"{path.name}: {found.study} at scale {found.scale}")
@@ -279,7 +314,7 @@ def data(names, data_dir):
         )
 
 
-@main.command()
+@main.command(cls=_ProjectCommand)
 @json_option
 @click.option("--quick", is_flag=True, help="Fewer repetitions.")
 def bench(as_json, quick):

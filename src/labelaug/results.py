@@ -20,7 +20,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from labelaug import parameters
+from labelaug import parameters, paths
 from labelaug.paths import BUILD, PROJECT
 
 METADATA_KEY = b"labelaug"
@@ -136,12 +136,12 @@ class StudyResults:
     trials: pd.DataFrame
 
 
-def load_study(study: str, scale: str, *, folder: Path = PROJECT / "results") -> StudyResults:
-    """The committed results of a study at one scale.
+def load_study(study: str, scale: str, *, folder: Path | None = None) -> StudyResults:
+    """The results of a study at one scale, in ``folder`` or the project's own, which are committed.
 
     Raises: ResultsError if there are none, or the file is damaged.
     """
-    path = Path(folder) / f"{study}-{scale}.parquet"
+    path = Path(folder or paths.results_dir()) / f"{study}-{scale}.parquet"
     if not path.exists():
         raise ResultsError(f"no results at {path}: run `labelaug train {study} --scale {scale}`")
     rows, found = read_table(path)
@@ -180,8 +180,12 @@ class Section:
 
 
 def section(name: str) -> Section:
-    """Open section ``name``: in the run folder that ``labelaug run`` gives, else in a scratch folder of the build."""
-    folder = os.environ.get("LABELAUG_RUN_DIR") or BUILD / "scratch" / name
+    """Open section ``name``: in the run folder that ``labelaug run`` gives, else in a scratch folder.
+
+    The scratch folder is the build's, or in the working folder where the package lies outside its project.
+    """
+    scratch = (BUILD if paths.is_checkout() else Path.cwd()) / "scratch"
+    folder = os.environ.get("LABELAUG_RUN_DIR") or scratch / name
     return Section(name, Path(folder), time.perf_counter())
 
 
