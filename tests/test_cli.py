@@ -45,6 +45,11 @@ REFUSALS = [
     (["run", "--jobs", "0"], 2, "Error: Invalid value for '--jobs': 0 is not in the range x>=1."),
     (["run", "--data-dir", "nowhere"], 2,
      "Error: Invalid value for '--data-dir': there is no folder 'nowhere'; name the one that holds the image sets"),
+    (["run", "--data-dir", "requirements.txt"], 1,
+     "Error: 'requirements.txt' is no folder: name the one that holds the image sets, or is to hold them"),
+    (["run", "--data-dir", "~no body/x"], 1,
+     "Error: no home folder is known for the '~no body' of '~no body/x': name the image sets' folder in full, with "
+     "--data-dir or LABELAUG_DATA"),
     (["book", "--data-dir", "nowhere"], 2,
      "Error: Invalid value for '--data-dir': there is no folder 'nowhere'; name the one that holds the image sets"),
     (["data"], 2, "Error: Missing argument 'NAME...'."),
@@ -104,6 +109,36 @@ def test_a_commit_that_is_none_is_told_before_anything_runs(command, project, mo
     said = "Error: LABELAUG_COMMIT must be 40 hex digits, and '-dirty' after changes; got 'HEAD'\n"
     assert (done.exit_code, done.stdout, done.stderr) == (1, "", said)
     assert not (project.root / "results").exists() and not project.build.exists()
+
+
+NO_FOLDER = [
+    ({"LABELAUG_DATA": ""}, "no home folder is known for the '~' of '~/.cache/labelaug': name the image sets' folder"),
+    ({"LABELAUG_DATA": "~/sets"}, "no home folder is known for the '~' of '~/sets': name the image sets' folder"),
+    ({"LABELAUG_DATA": "requirements.txt"}, "'requirements.txt' is no folder: name the one that holds the image sets"),
+    ({"LABELAUG_DATA": os.devnull}, f"'{os.devnull}' is no folder: name the one that holds the image sets"),
+    ({"LABELAUG_DATA": "~", "HOME": "requirements.txt"}, "'requirements.txt' is no folder: name the one that holds"),
+]
+
+
+@pytest.mark.parametrize(("variables", "said"), NO_FOLDER, ids=[" ".join(row[0].values()) for row in NO_FOLDER])
+def test_a_data_folder_that_cannot_be_is_one_sentence(command, project, monkeypatch, variables, said):
+    """No home: HOME is not set, and the user has no entry in the system's list, as in a container."""
+    project.write("01_one", "n_seeds: int = 5", data=["mnist"])
+    monkeypatch.setattr("pwd.getpwuid", lambda user: {}[user])
+    monkeypatch.delenv("HOME")
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    for arguments in (["data", "digits"], ["run"], ["claims"], ["train", "over-training"]):
+        done = command(*arguments)
+        assert (done.exit_code, done.stdout) == (1, "") and done.stderr.startswith(f"Error: {said}")
+        assert done.stderr.count("\n") == 1 and not project.build.exists() and not (project.root / "results").exists()
+
+
+def test_a_home_is_needed_only_for_what_lies_in_it(command, project, monkeypatch):
+    monkeypatch.setattr("pwd.getpwuid", lambda user: {}[user])
+    monkeypatch.delenv("HOME")
+    assert command("data", "digits").exit_code == 0  # LABELAUG_DATA is a folder that is not there yet
+    assert command("data", "digits", "--data-dir", "book").stdout.startswith("digits: 1438 + 359 images")
 
 
 def test_options_reach_the_runner(command, project, monkeypatch):

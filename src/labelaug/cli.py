@@ -59,9 +59,12 @@ def _version(context, option, value):
 def _data_dir(context, option, value):
     """Use the folder of --data-dir here and in every child process."""
     if value is not None:
-        if not Path(value).is_dir():
+        from labelaug import paths
+
+        folder = paths.data_dir(value)
+        if not folder.is_dir():
             raise click.BadParameter(f"there is no folder '{value}'; name the one that holds the image sets")
-        os.environ["LABELAUG_DATA"] = str(Path(value).resolve())
+        os.environ["LABELAUG_DATA"] = str(folder.resolve())
 
 
 def _overrides(context, option, pairs):
