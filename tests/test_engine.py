@@ -1,17 +1,19 @@
 """Studies trained: one result a trial whoever starts it, nothing lost when something is killed, and one merged file."""
 
+import ast
+import errno
 import json
+import multiprocessing
 import os
 import shutil
 import signal
 import subprocess
 import sys
-import time
-from contextlib import suppress
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from importlib.metadata import PackageNotFoundError, packages_distributions, requires
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -20,9 +22,11 @@ import pytest
 import torch
 from click.testing import CliRunner
 from conftest import wait_for
+from held import LONG, STUDY, TRIALS, Clock, holds, note, noted, small
 from packaging.requirements import Requirement
 from pandas.testing import assert_frame_equal
 
+import labelaug
 from labelaug import cluster, engine, paths, results
 from labelaug.cli import main
 from labelaug.engine import (
@@ -39,63 +43,7 @@ from labelaug.engine import (
 )
 from labelaug.studies import STUDIES
 from labelaug.training.deep import COLUMNS
-from labelaug.trials import Images, Network, Stopped, TrialRefused, run_trial
-
-STUDY = "over-training"
-EPOCHS = 12  # of a trial that is to be stopped in its course
-
-
-def note(log, trial) -> None:
-    """A line in ``log``: which trial, and which process is at it."""
-    with open(log, "a") as file:
-        file.write(f"{trial.key} {os.getpid()}\n")
-
-
-def noted(log: Path) -> list[list[str]]:
-    return [line.split() for line in log.read_text().splitlines()] if log.exists() else []
-
-
-def holds(trial, *, log, at, progress, **options):
-    """``run_trial`` that waits in the middle of epoch ``at`` until it is told to stop, and notes that it waits."""
-
-    def holding(epoch):
-        progress(epoch)
-        if epoch == at - 1:
-            note(log, trial)
-            wait_until_told(lambda: progress(epoch))
-
-    return run_trial(trial, progress=holding, **options)
-
-
-def wait_until_told(progress) -> None:
-    with suppress(Stopped):
-        while True:
-            time.sleep(0.01)
-            progress()
-
-
-class Clock:
-    """Stands for the engine's ``time``: an hour goes by as soon as ``happened`` is true."""
-
-    perf_counter = staticmethod(time.perf_counter)
-
-    def __init__(self, happened):
-        self.happened = happened
-
-    def time(self) -> float:
-        return time.time() + 3600 * bool(self.happened())
-
-    def monotonic(self) -> float:
-        return time.monotonic() + 3600 * bool(self.happened())
-
-
-def holds_once(trial, *, log, at, **options):
-    """A checkpoint after every epoch; the first trial that is begun ``holds``."""
-    try:
-        open(f"{log}.first", "x").close()
-    except FileExistsError:
-        return run_trial(trial, checkpoint_seconds=0, **options)
-    return holds(trial, log=log, at=at, checkpoint_seconds=0, **options)
+from labelaug.trials import Images, TrialRefused, run_trial
 
 
 def counts(trial, *, data_dir, device, checkpoint, progress, keep, log=os.devnull, dies=None, breaks=None, together=1):
@@ -126,18 +74,6 @@ def counted(trial, runs: Path) -> None:
     write_result(trial, frame, results.environment(), runs=runs)
 
 
-def small(seed: int, epochs: int = 2):
-    """A trial of the smoke study on a small network and images of our own: an epoch takes ten milliseconds."""
-    trial = STUDIES[STUDY]("smoke")[0]
-    setting = replace(trial.setting, epochs=epochs, record_epochs=(epochs // 2, epochs), milestones=(1,))
-    images, network = Images("toy"), Network("mlp", 8)
-    return replace(trial, images=images, network=network, setting=setting, seed=seed, gradient_epochs=())
-
-
-TRIALS = [small(seed) for seed in range(4)]
-LONG = [small(seed, EPOCHS) for seed in range(4)]
-
-
 def write_images(path: Path, side: int = 8) -> None:
     """A set of noise, 10 classes of 12 and 4 images."""
     rng = np.random.default_rng(5)
@@ -160,6 +96,13 @@ def runs(tmp_path) -> Path:
     return tmp_path / "runs"
 
 
+@pytest.fixture(autouse=True)
+def patience(monkeypatch):
+    """On a busy machine the end of an epoch, and an answer, may take longer than a user would wait."""
+    for module, name in ((engine, "GRACE"), (cluster, "CONNECT")):
+        monkeypatch.setattr(module, name, 600)
+
+
 @pytest.fixture
 def go(runs, data_dir):
     """``run_trials`` in this test's folders."""
@@ -170,7 +113,7 @@ def go(runs, data_dir):
 def start(runs, data_dir):
     """Starts a call of ``go`` in a process of its own, at the head of its own group of processes."""
     head = (
-        "import test_engine\nfrom test_engine import *\n"
+        "import test_engine\nfrom test_engine import *\nengine.GRACE = cluster.CONNECT = 600\n"
         f"go = partial(run_trials, runs=Path({str(runs)!r}), data_dir=Path({str(data_dir)!r}), device='cpu')\n"
     )
     path = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
@@ -366,6 +309,26 @@ def test_a_trial_that_another_process_holds_is_left_to_it(go, runs, capsys):
         assert held
 
 
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.EOPNOTSUPP])
+def test_a_file_system_without_locks_is_one_sentence(runs, monkeypatch, number):
+    """Some network and container file systems; where the call is not there at all, filelock has another way."""
+    import fcntl
+
+    def flock(file, how):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    runs.mkdir()
+    with pytest.raises(TrainingError, match=rf"^cannot lock .*: {os.strerror(number)}; name a folder on another disk"):
+        with lock(TRIALS[0], runs):
+            pytest.fail("it is not locked")
+    number = errno.ENOSYS
+    with pytest.warns(UserWarning, match="flock not supported"):
+        with lock(TRIALS[1], runs) as held, lock(TRIALS[1], runs) as again:
+            assert held and not again
+    assert not (runs / f"{TRIALS[1].key}.lock").exists()
+
+
 # Stopped
 
 
@@ -390,7 +353,7 @@ def test_kill_9_of_anything_then_the_same_command_gives_the_undisturbed_rows(sta
         else:
             os.killpg(process.pid, signal.SIGKILL)
         _, err = process.communicate()
-        assert psutil.wait_procs([worker], timeout=60)[1] == []
+        assert psutil.wait_procs([worker], timeout=600)[1] == []
         if victim == "worker":
             assert process.returncode == 1 and "1 of 1 trials failed" in err
             assert f"{trial.label}: its process was killed by signal 9 (out of memory?)\n" in err
@@ -454,6 +417,24 @@ def test_a_trial_that_fails_is_told_and_the_others_go_on(go, runs, capsys):
     assert f"{TRIALS[2].label}: ZeroDivisionError: a bug\nTraceback" in said
     assert [status(trial, runs)[0] for trial in TRIALS] == ["to do", "done", "to do", "done"]
     assert names(runs) == sorted([*results_of([TRIALS[1], TRIALS[3]]), f"{TRIALS[0].key}.lock"])
+
+
+def test_a_worker_that_dies_before_it_takes_its_pipe_is_told_dead(go, monkeypatch, capsys):
+    """Windows keeps the pipe's other end open until then, so that its end does not come."""
+    spawn, kept = multiprocessing.get_context("spawn"), []
+
+    def pipe():
+        ours, theirs = spawn.Pipe()
+        kept.append(os.dup(theirs.fileno()))
+        return ours, theirs
+
+    context = SimpleNamespace(Pipe=pipe, Process=spawn.Process)
+    monkeypatch.setattr(engine.multiprocessing, "get_context", lambda method: context)
+    with pytest.raises(TrainingError, match="1 of 2 trials failed"):
+        go(TRIALS[:2], run=partial(counts, dies=TRIALS[0].key))
+    assert "its process was killed by signal 9" in capsys.readouterr().err
+    for end in kept:
+        os.close(end)
 
 
 def test_a_damaged_checkpoint_is_told_and_the_trial_begun_again(go, runs, undisturbed, capsys):
@@ -667,8 +648,8 @@ def test_train_refuses_what_it_does_not_know(command):
 
 
 def test_train_needs_no_other_package(tmp_path, data_dir):
-    """On a machine with torch, numpy, pandas, pyarrow, click and tqdm alone, and what these need."""
-    allowed, waiting = {"labelaug"}, ["torch", "numpy", "pandas", "pyarrow", "click", "tqdm"]
+    """On a machine with torch, numpy, pandas, pyarrow, click, tqdm and filelock alone, and what these need."""
+    allowed, waiting = {"labelaug"}, ["torch", "numpy", "pandas", "pyarrow", "click", "tqdm", "filelock"]
     while waiting:
         if (name := waiting.pop().lower().replace("_", "-")) not in allowed:
             allowed.add(name)
@@ -711,7 +692,7 @@ def test_minutes_on_the_command_line_bring_rows_home_without_a_repository(tmp_pa
     """A copy of the project, as it would be unpacked on another machine; the time is up in the middle of an epoch."""
     copy = tmp_path / "copy"
     shutil.copytree(paths.PROJECT / "src", copy / "src", ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
-    (copy / "train.py").write_text(HELD.format(log=str(tmp_path / "log"), at=8))
+    (copy / "train.py").write_text(HELD.format(log=str(tmp_path / "log"), at=8, count=1))
     path = os.pathsep.join([str(copy / "src"), str(Path(__file__).parent)])
     environment = os.environ | {"PYTHONPATH": path, "GIT_CEILING_DIRECTORIES": str(tmp_path)}
     command = [sys.executable, "train.py", "train", "held", "--scale", "cpu", "--data-dir", str(data_dir)]
@@ -732,14 +713,133 @@ from pathlib import Path
 from labelaug import engine
 from labelaug.cli import main
 from labelaug.studies import STUDIES
-from test_engine import LONG, Clock, holds, noted
+from held import LONG, Clock, holds, noted
 if __name__ == "__main__":
     log = Path({log!r})
-    engine.time = Clock(lambda: noted(log))
-    engine.run_trials = partial(engine.run_trials, run=partial(holds, log=log, at={at}))
-    STUDIES["held"] = lambda scale: [LONG[0]]
+    if not noted(log):
+        engine.run_trials = partial(engine.run_trials, run=partial(holds, log=log, at={at}))
+    engine.time = Clock(lambda: len(noted(log)) == {count})
+    STUDIES["held"] = lambda scale: LONG[:{count}]
     main()
 """
+
+
+# A system that is not Unix
+
+UNIX_MODULES = "fcntl resource pwd grp termios tty pty syslog readline spwd crypt nis posix"
+UNIX_NAMES = {
+    "os": "chown chroot ctermid fchdir fchmod fchown fork forkpty getegid geteuid getgid getgroups getloadavg getpgid "
+    "getpgrp getpriority getsid getuid initgroups killpg lchown lockf major minor mkfifo mknod nice openpty pathconf "
+    "pipe2 posix_fadvise posix_fallocate posix_spawn posix_spawnp pread pwrite register_at_fork sched_getaffinity "
+    "sched_setaffinity sched_yield sendfile setegid seteuid setgid setpgid setpriority setregid setreuid setsid setuid "
+    "statvfs sync sysconf tcgetpgrp tcsetpgrp uname wait wait3 wait4 waitid WIFSIGNALED WTERMSIG WEXITSTATUS",
+    "signal": "alarm getitimer pause pthread_kill pthread_sigmask setitimer siginterrupt sigpending sigtimedwait "
+    "sigwait SIG_BLOCK SIG_SETMASK SIG_UNBLOCK SIGALRM SIGBUS SIGCHLD SIGCONT SIGHUP SIGKILL SIGPIPE SIGQUIT SIGRTMIN "
+    "SIGSTOP SIGTSTP SIGTTIN SIGTTOU SIGUSR1 SIGUSR2 SIGWINCH",
+    "select": "poll epoll kqueue devpoll",
+    "socket": "AF_UNIX socketpair_unix",
+    "time": "tzset clock_gettime clock_settime pthread_getcpuclockid",
+    "resource_tracker": "ensure_running",  # it starts a process in the way of Unix
+}
+KEPT = "posix SIGKILL register_at_fork uname sysconf ensure_running"  # libraries on Unix use these without asking
+
+
+def used_of_unix(source: str) -> list[str]:
+    """Modules and names that only Unix has, as far as the source does not ask for one of them with ``hasattr``."""
+    nodes = list(ast.walk(ast.parse(source)))
+    imported = {alias.name.partition(".")[0] for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+    imported |= {(node.module or "").partition(".")[0] for node in nodes if isinstance(node, ast.ImportFrom)}
+    asked = {
+        (node.args[0].id, node.args[1].value)
+        for node in nodes
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "hasattr"
+        if isinstance(node.args[0], ast.Name) and isinstance(node.args[1], ast.Constant)
+    }
+    named = {(n.value.id, n.attr) for n in nodes if isinstance(n, ast.Attribute) and isinstance(n.value, ast.Name)}
+    if ("signal", "pthread_sigmask") in asked:  # one question for all of the mask
+        asked |= {("signal", "SIG_BLOCK"), ("signal", "SIG_SETMASK"), ("resource_tracker", "ensure_running")}
+    missing = {(module, name) for module, text in UNIX_NAMES.items() for name in text.split()}
+    return sorted(imported & set(UNIX_MODULES.split())) + sorted(".".join(name) for name in named & missing - asked)
+
+
+def test_the_package_uses_nothing_that_only_unix_has():
+    files = sorted(Path(labelaug.__file__).parent.rglob("*.py"))
+    assert len(files) > 30
+    assert {path.name: found for path in files if (found := used_of_unix(path.read_text(encoding="utf-8")))} == {}
+    planted = "import os, fcntl\nfrom pwd import getpwuid\nif hasattr(os, 'fork'):\n    os.fork()\nos.getuid()"
+    assert used_of_unix(planted) == ["fcntl", "pwd", "os.getuid"]
+
+
+ELSEWHERE = f"""\
+import os, signal, sys, time
+for module in {UNIX_MODULES.split()}:
+    if module not in {KEPT.split()}:
+        sys.modules[module] = None
+for module in (os, signal, time):
+    for name in {UNIX_NAMES}[module.__name__].split():
+        if name not in {KEPT.split()} and hasattr(module, name):
+            delattr(module, name)
+def refuse_what_is_open(act):
+    def acts(path, *more, **options):
+        caller, ours = sys._getframe(), True
+        while caller := caller.f_back:
+            ours &= "filelock" not in caller.f_code.co_filename
+        for number in os.listdir("/proc/self/fd") if ours else []:
+            link = f"/proc/self/fd/{{number}}"
+            if os.path.islink(link) and os.readlink(link) in map(os.path.realpath, (path, *more)):
+                raise PermissionError(13, "it is open in this process", os.readlink(link))
+        return act(path, *more, **options)
+    return acts
+for name in ("remove", "unlink", "rename", "replace"):
+    setattr(os, name, refuse_what_is_open(getattr(os, name)))
+"""
+
+
+@pytest.fixture
+def elsewhere(tmp_path):
+    """Runs Python, and all that it starts, without what only Unix has, on a system that keeps files that are open.
+
+    A file that is open in a process can be removed or replaced by that process under Unix alone. What filelock does on
+    Windows itself cannot run here: it takes files in place of the system's locks, in ways of its own.
+    """
+    hook = tmp_path / "hook"
+    hook.mkdir()
+    (hook / "sitecustomize.py").write_text(ELSEWHERE)
+    path = os.pathsep.join([str(hook), str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+    environment = os.environ | {"PYTHONPATH": path, "PYTHONWARNINGS": "ignore:only soft file lock is available"}
+
+    def run(*arguments) -> subprocess.CompletedProcess:
+        command = [sys.executable, *map(str, arguments)]
+        return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+
+    return run
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_trials_stop_and_go_on_where_nothing_is_unix(elsewhere, tmp_path, data_dir, undisturbed, workers):
+    """On the command line: the time is up in mid-epoch, rows come home, and the same command finishes and merges."""
+    (tmp_path / "train.py").write_text(HELD.format(log=str(tmp_path / "log"), at=8, count=workers))
+    command = ["train.py", "train", "held", "--runs", "runs", "--data-dir", data_dir, "--workers", workers]
+    done, runs = elsewhere(*command, "--minutes", 9), tmp_path / "runs"
+    assert done.stderr.startswith("time is up") and len(done.stderr.splitlines()) == 1 and done.returncode == 0
+    for trial in LONG[:workers]:
+        assert_frame_equal(read_partial(trial, runs)[0], prefix(undisturbed(trial), 8), check_exact=True)
+    done = elsewhere(*command)
+    assert (done.returncode, done.stdout.strip()) == (0, str(Path("runs", "held-smoke.parquet"))), done.stderr
+    assert names(runs) == sorted([*results_of(LONG[:workers]), "held-smoke.parquet"])
+    for trial in LONG[:workers]:
+        assert_frame_equal(rows_of(trial, runs), undisturbed(trial), check_exact=True)
+    assert elsewhere(*command).stderr == f"all {workers} trials are done\n"  # merged once more, over the file just read
+
+
+def test_a_killed_process_leaves_no_lock_where_nothing_is_unix(elsewhere, tmp_path):
+    holder = "import os, held; from labelaug.engine import lock; from pathlib import Path\n"
+    holder += "with lock(held.TRIALS[0], Path()) as it_is: "
+    done = elsewhere("-c", holder + "print(it_is, flush=True); os.kill(os.getpid(), 9)")
+    assert (done.returncode, done.stdout) == (-9, "True\n") and (tmp_path / f"{TRIALS[0].key}.lock").exists()
+    assert elsewhere("-c", holder + "print(it_is)").stdout == "True\n"
+    assert not (tmp_path / f"{TRIALS[0].key}.lock").exists()
+
 
 BARE = """\
 from dataclasses import dataclass, fields, replace

@@ -2,13 +2,11 @@
 
 In the runs folder a trial has up to four files under its key: ``<key>.parquet``, its result; ``<key>.checkpoint``, how
 far it has come; ``<key>.partial.parquet``, its rows up to there, a small file that is never taken for a result;
-``<key>.lock``, held by the process that trains it (the kernel lets go of it when its holder dies).
+``<key>.lock``, held by the process that trains it (the system lets go of it when its holder dies).
 """
 
-import fcntl
 import math
 import multiprocessing
-import os
 import signal
 import sys
 import time
@@ -24,6 +22,7 @@ from pathlib import Path
 
 import pandas as pd
 import torch
+from filelock import FileLock, Timeout, UnixFileLock
 from tqdm import tqdm
 
 from labelaug import results
@@ -149,22 +148,25 @@ def _write(trial: Trial, frame: pd.DataFrame, environment: dict, path: Path) -> 
 
 @contextmanager
 def lock(trial: Trial, runs: Path) -> Iterator[bool]:
-    """Hold the trial's lock; yields False, at once, if another process holds it."""
+    """Hold the trial's lock; yields False, at once, if another process holds it.
+
+    Raises: TrainingError if the folder, or its file system, allows none.
+    """
     path = runs / f"{trial.key}.lock"
-    while True:
-        with open(path, "a") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                yield False
-                return
-            with suppress(FileNotFoundError):
-                if os.fstat(file.fileno()).st_ino == path.stat().st_ino:  # else its last holder has just removed it
-                    try:
-                        yield True
-                    finally:
-                        path.unlink(missing_ok=True)
-                    return
+    held = FileLock(path)
+    try:
+        with suppress(Timeout):
+            held.acquire(timeout=0)
+    except OSError as error:
+        raise TrainingError(
+            f"cannot lock {path}: {error.strerror}; name a folder on another disk with --runs"
+        ) from None
+    try:
+        yield held.is_locked
+    finally:
+        if held.is_locked and isinstance(held, UnixFileLock):  # others remove the file when they let go of it
+            path.unlink(missing_ok=True)
+        held.release()
 
 
 def merge(study: str, scale: str, *, runs: Path, folder: Path) -> Path | None:
@@ -323,14 +325,8 @@ class _Worker:
         self.slot, self.trial, self.told = slot, None, False
         self.pipe, theirs = context.Pipe()
         self.process = context.Process(target=_work, args=(theirs, *arguments), daemon=True)
-        # Ctrl-C reaches every process of the terminal; a signal blocked here stays blocked in what is started. The
-        # first start of a process starts multiprocessing's own tracker too, which would end the blocking: hence before.
-        resource_tracker.ensure_running()
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-        try:
+        with _without_ctrl_c():
             self.process.start()
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
         theirs.close()  # so that the death of the process ends the pipe
 
     def send(self, trial: Trial | None) -> None:
@@ -341,6 +337,24 @@ class _Worker:
     def stop(self) -> None:
         if not self.told:
             self.send(None)
+
+
+@contextmanager
+def _without_ctrl_c() -> Iterator[None]:
+    """Ctrl-C reaches every process of the terminal: not those that are started here, from their first moment.
+
+    Windows has no signals to block: there a worker ignores it from the moment at which it has been imported.
+    """
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    # The first start of a process starts multiprocessing's own tracker too, which would end the blocking: hence before.
+    resource_tracker.ensure_running()
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 class _Crew:
@@ -402,10 +416,11 @@ class _Crew:
     def _listen(self, seconds: float | None) -> None:
         """Take in what the workers tell; at most ``seconds``."""
         pipes = {worker.pipe: worker for worker in self.workers}
-        for pipe in connection.wait(pipes, seconds):
-            worker = pipes[pipe]
+        dead = {worker.process.sentinel: worker for worker in self.workers}
+        ready = connection.wait([*pipes, *dead], seconds)
+        for worker in [pipes[pipe] for pipe in ready if pipe in pipes]:
             try:
-                kind, *told = pipe.recv()
+                kind, *told = worker.pipe.recv()
             except (EOFError, OSError):
                 self._buried(worker)
                 continue
@@ -425,9 +440,12 @@ class _Crew:
                 self.locked.append(trial)
             elif kind == "failed":
                 self.display.fails(trial, *told)
+        for worker in [dead[sentinel] for sentinel in ready if sentinel in dead]:
+            if worker.pipe not in ready:  # all that it told is read; Windows may keep the other end open
+                self._buried(worker)
 
     def _buried(self, worker: _Worker) -> None:
-        """A worker's pipe has ended: it was told to leave, or it was killed."""
+        """A worker has ended: it was told to leave, or it was killed."""
         self.workers.remove(worker)
         worker.process.join()
         worker.pipe.close()
@@ -451,6 +469,7 @@ class _Crew:
 
 def _work(pipe, device: str, one_thread: bool, runs: Path, data_dir: Path, run) -> None:
     """Train what comes through the pipe and tell how it goes; leave when None comes or the other end is gone."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     if one_thread:
         torch.set_num_threads(1)
     warnings.showwarning = lambda message, *where: pipe.send(("warns", str(message)))

@@ -4,7 +4,6 @@ import os
 import time
 import warnings
 from collections.abc import Callable
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -13,6 +12,7 @@ import numpy as np
 import pandas as pd
 import torch
 import torch.nn.functional as F
+from filelock import FileLock
 from torch import Tensor, nn
 
 from labelaug import models
@@ -412,7 +412,8 @@ def _teacher(trial, data_dir, device, checkpoint, checkpoint_seconds, progress) 
         _train_teacher(trial.teacher, model, data, None, checkpoint_seconds, progress)
     else:
         weights = checkpoint.with_name(f"{trial.teacher.key}.weights")
-        with _locked(weights.with_suffix(".teacher-lock")):
+        weights.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(weights.with_suffix(".teacher-lock")):
             state = _load(weights, trial.teacher.key)
             if state is None:
                 _train_teacher(trial.teacher, model, data, checkpoint, checkpoint_seconds, progress)
@@ -497,14 +498,3 @@ def _save(path: Path, state: dict) -> None:
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
-
-
-@contextmanager
-def _locked(path: Path):
-    """Hold the file's lock, which the kernel takes back from a process that is killed."""
-    import fcntl
-
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
