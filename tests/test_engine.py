@@ -437,6 +437,14 @@ def test_a_worker_that_dies_before_it_takes_its_pipe_is_told_dead(go, monkeypatc
         os.close(end)
 
 
+def test_a_clock_that_is_set_does_not_end_the_time(go, monkeypatch):
+    """The clock of day goes three years forwards at every look; the minutes are those that pass."""
+    clock, looks = Clock(lambda: False), iter(range(10**6))
+    clock.time = lambda: 1e9 + 1e8 * next(looks)
+    monkeypatch.setattr(engine, "time", clock)
+    assert go(TRIALS[:2], minutes=600, run=counts) == [trial.key for trial in TRIALS[:2]]
+
+
 def test_a_damaged_checkpoint_is_told_and_the_trial_begun_again(go, runs, undisturbed, capsys):
     runs.mkdir()
     (runs / f"{TRIALS[0].key}.checkpoint").write_bytes(b"PK\x03\x04 not a checkpoint")

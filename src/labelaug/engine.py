@@ -67,18 +67,18 @@ def run_trials(
     if not todo:
         say(f"all {len(trials)} trials are done")
         return []
-    deadline = math.inf if minutes is None else time.time() + 60 * minutes
+    seconds = math.inf if minutes is None else 60 * minutes
     if scheduler is not None:
         from labelaug import cluster
 
-        task = cluster.Task(runs, data_dir, device, deadline, run)
+        task = cluster.Task(runs, data_dir, device, time.time() + seconds, run)
         return _finish(cluster.train(todo, scheduler, task=task, display=Display(todo, 0)), len(todo))
     for trial in todo:
         check_trial(trial, data_dir=data_dir, device=device)
     one_thread = workers > 1 or device == "cpu"
     workers = min(workers, len(todo))
     crew = _Crew(workers, (device, one_thread, runs, data_dir, run), Display(todo, workers))
-    return _finish(crew.train(todo, deadline), len(todo))
+    return _finish(crew.train(todo, time.monotonic() + seconds), len(todo))
 
 
 def read_result(trial: Trial, runs: Path) -> tuple[pd.DataFrame, dict] | None:
@@ -370,19 +370,19 @@ class _Crew:
         again = True  # trials that another process held are asked for once more at the end
         try:
             while True:
-                if time.time() >= deadline:
+                if time.monotonic() >= deadline:
                     self.queue.clear()
                     self._stop()
                 self._assign()
                 busy = [worker for worker in self.workers if worker.trial]
-                if not busy and self.locked and again and time.time() < deadline:
+                if not busy and self.locked and again and time.monotonic() < deadline:
                     again = False
                     self.queue.extend(self.locked)
                     self.locked.clear()
                 elif not busy and not self.queue:
                     break
                 else:
-                    self._listen(None if deadline == math.inf else max(0.0, deadline - time.time()) or None)
+                    self._listen(None if deadline == math.inf else max(0.0, deadline - time.monotonic()) or None)
             for trial in self.locked:
                 self.display.not_ours(trial, "another process is training it")
         except KeyboardInterrupt:
