@@ -356,7 +356,7 @@ def test_kill_9_of_anything_then_the_same_command_gives_the_undisturbed_rows(sta
         assert psutil.wait_procs([worker], timeout=600)[1] == []
         if victim == "worker":
             assert process.returncode == 1 and "1 of 1 trials failed" in err
-            assert f"{trial.label}: its process was killed by signal 9 (out of memory?)\n" in err
+            assert f"{trial.label}: its process was killed by SIGKILL (out of memory?)\n" in err
         assert status(trial, runs) == (f"checkpoint at epoch {epoch}", None)
         assert_frame_equal(read_partial(trial, runs)[0], prefix(undisturbed(trial), epoch), check_exact=True)
     (runs / f".{trial.key}.checkpoint.1.part").write_bytes(b"half")  # as a kill in the middle of writing leaves it
@@ -413,10 +413,40 @@ def test_a_trial_that_fails_is_told_and_the_others_go_on(go, runs, capsys):
         f"2 of 4 trials failed: {TRIALS[0].label}; {TRIALS[2].label}; the same command tries again"
     )
     said = capsys.readouterr().err
-    assert f"{TRIALS[0].label}: its process was killed by signal 9 (out of memory?)\n" in said
+    assert f"{TRIALS[0].label}: its process was killed by SIGKILL (out of memory?)\n" in said
     assert f"{TRIALS[2].label}: ZeroDivisionError: a bug\nTraceback" in said
     assert [status(trial, runs)[0] for trial in TRIALS] == ["to do", "done", "to do", "done"]
     assert names(runs) == sorted([*results_of([TRIALS[1], TRIALS[3]]), f"{TRIALS[0].key}.lock"])
+
+
+def falls(trial, *, signals, **options):
+    """Its process ends by a real signal, or with an exit code; no core is left."""
+    import resource
+
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    number = signals[trial.key]
+    if number < 0:
+        os._exit(-number)
+    os.kill(os.getpid(), number)
+
+
+def test_a_process_that_is_killed_is_told_by_the_name_of_its_signal(go, capsys):
+    """Memory is suspected where SIGKILL came from nowhere; a crash in compiled code is none of its doing."""
+    wanted = {
+        signal.SIGKILL: "was killed by SIGKILL (out of memory?)",
+        signal.SIGSEGV: "was killed by SIGSEGV",
+        signal.SIGABRT: "was killed by SIGABRT",
+        signal.SIGBUS: "was killed by SIGBUS",
+        signal.SIGRTMIN + 6: f"was killed by signal {signal.SIGRTMIN + 6}",  # it has no name
+        -3: "ended with exit code 3",
+    }
+    trials = [small(seed) for seed in range(len(wanted))]
+    signals = {trial.key: int(number) for trial, number in zip(trials, wanted, strict=True)}
+    with pytest.raises(TrainingError, match="6 of 6 trials failed"):
+        go(trials, workers=2, run=partial(falls, signals=signals))
+    said = capsys.readouterr().err.splitlines()
+    told = [f"{trial.label}: its process {words}" for trial, words in zip(trials, wanted.values(), strict=True)]
+    assert sorted(said) == sorted(told)
 
 
 def test_a_worker_that_dies_before_it_takes_its_pipe_is_told_dead(go, monkeypatch, capsys):
@@ -432,7 +462,7 @@ def test_a_worker_that_dies_before_it_takes_its_pipe_is_told_dead(go, monkeypatc
     monkeypatch.setattr(engine.multiprocessing, "get_context", lambda method: context)
     with pytest.raises(TrainingError, match="1 of 2 trials failed"):
         go(TRIALS[:2], run=partial(counts, dies=TRIALS[0].key))
-    assert "its process was killed by signal 9" in capsys.readouterr().err
+    assert "its process was killed by SIGKILL" in capsys.readouterr().err
     for end in kept:
         os.close(end)
 
@@ -543,6 +573,15 @@ def test_a_cluster_stops_when_its_client_leaves(go, start, runs, dask, tmp_path)
     wait_for(lambda: len(noted(log)) == 2, "both workers to be busy")
     process.kill()
     assert set(go(TRIALS[:2], scheduler=dask.scheduler_address, run=counts)) == {trial.key for trial in TRIALS[:2]}
+
+
+def test_a_cluster_that_loses_worker_after_worker_gives_the_trial_up(go, runs, dask, monkeypatch, capsys):
+    monkeypatch.setattr(dask.scheduler, "allowed_failures", 1)
+    with pytest.raises(TrainingError, match="1 of 2 trials failed"):
+        go(TRIALS[:2], run=partial(counts, dies=TRIALS[0].key), scheduler=dask.scheduler_address)
+    why = "2 workers were lost one after the other with this trial in hand; the log of the last says why"
+    assert f"{TRIALS[0].label}: {why}" in capsys.readouterr().err.splitlines()
+    assert [status(trial, runs)[0] for trial in TRIALS[:2]] == ["to do", "done"]
 
 
 def test_a_cluster_that_does_not_answer_is_one_sentence(go, monkeypatch):

@@ -109,8 +109,8 @@ def _take(future, trial: Trial, task: Task, display: Display) -> None:
         if task.left != 0:
             raise TrainingError(f"the cluster is lost, with {len(display.done)} trials done: {GO_ON}")
         return
-    if future.status == "error":  # a trial that raises is told below: here dask gave up, as after many lost workers
-        return display.fails(trial, why(future.exception()))
+    if future.status == "error":  # a trial that raises is told below
+        return display.fails(trial, _gave_up(future.exception()))
     kind, *told = future.result()
     if kind == "failed":
         display.fails(trial, *told)
@@ -124,6 +124,15 @@ def _take(future, trial: Trial, task: Task, display: Display) -> None:
         with lock(trial, task.runs) as held:
             if held and not has_result(trial, task.runs):
                 write_partial(trial, *told, runs=task.runs)
+
+
+def _gave_up(error: Exception) -> str:
+    from distributed import KilledWorker
+
+    if isinstance(error, KilledWorker):  # dask keeps no exit code
+        lost = error.allowed_failures + 1
+        return f"{lost} workers were lost one after the other with this trial in hand; the log of the last says why"
+    return why(error)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -450,9 +450,7 @@ class _Crew:
         worker.process.join()
         worker.pipe.close()
         if worker.trial:
-            code = worker.process.exitcode
-            reason = f"was killed by signal {-code} (out of memory?)" if code < 0 else f"ended with exit code {code}"
-            self.display.fails(worker.trial, f"its process {reason}")
+            self.display.fails(worker.trial, f"its process {ending(worker.process.exitcode)}")
 
     def _stop(self) -> None:
         for worker in self.workers:
@@ -509,6 +507,17 @@ def _train(trial: Trial, pipe, device: str, runs: Path, data_dir: Path, run, env
         except Stopped:
             return ("stopped",)
         return ("done", write_result(trial, frame, environment, runs=runs))
+
+
+def ending(code: int) -> str:
+    """How a process ended whose exit code this is, a signal's negative as multiprocessing and subprocess have it."""
+    if code >= 0:
+        return f"ended with exit code {code}"
+    try:
+        name = signal.Signals(-code).name
+    except ValueError:  # most real-time signals have no name
+        name = f"signal {-code}"
+    return f"was killed by {name}{' (out of memory?)' if name == 'SIGKILL' else ''}"
 
 
 def why(error: Exception) -> str:
