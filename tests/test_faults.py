@@ -27,9 +27,9 @@ pytest_plugins = ["pytester"]
 SLOW = """\
 import os, pathlib, subprocess, time
 run = pathlib.Path(os.environ['LABELAUG_RUN_DIR'])
-helper = subprocess.Popen(['sleep', '300'])  # such as a worker that loads data
+helper = subprocess.Popen(['sleep', '3600'])  # such as a worker that loads data
 (run / 'half.txt').write_text('half')
-time.sleep(300)
+time.sleep(3600)  # it waits to be killed
 (run / 'half.txt').write_text('whole')"""
 
 
@@ -44,12 +44,12 @@ def test_kill_9_leaves_no_process_and_nothing_half_written_and_the_next_run_comp
     assert len(family) == 3  # the process that runs the notebook, its kernel, the kernel's helper
     parent.send_signal(signal.SIGKILL)
     parent.wait()
-    _, alive = psutil.wait_procs(family, timeout=10)
+    _, alive = psutil.wait_procs(family, timeout=600)
     assert alive == []
     assert project.files() == before  # the process took its temporary folder along
     assert notebooks.current_runs() == ({}, ["01_one"])
 
-    source.write_text(source.read_text().replace("subprocess.Popen(['sleep', '300'])", "None"))
+    source.write_text(source.read_text().replace("subprocess.Popen(['sleep', '3600'])", "None"))
     # The same, with the process that cleans up killed first: what it leaves is hidden, and swept by the next run.
     parent = subprocess.Popen([sys.executable, "-c", project.script("notebooks.run_sections(progress=False)")])
     halves = wait_for(lambda: list(project.runs.glob("01_one/.new-*/half.txt")), "the run to be half done")
@@ -57,11 +57,11 @@ def test_kill_9_leaves_no_process_and_nothing_half_written_and_the_next_run_comp
     for process in (*family[:1], parent):
         process.send_signal(signal.SIGKILL)
     parent.wait()
-    _, alive = psutil.wait_procs(family, timeout=10)
+    _, alive = psutil.wait_procs(family, timeout=600)
     assert alive == []
     assert halves[0].exists() and notebooks.current_runs() == ({}, ["01_one"])
 
-    source.write_text(source.read_text().replace("sleep(300)", "sleep(0)"))
+    source.write_text(source.read_text().replace("sleep(3600)", "sleep(0)"))
     (run,) = run_sections(progress=False)
     assert (run.path / "half.txt").read_text() == "whole"
     assert not halves[0].exists() and list(project.runs.rglob(".*")) == []

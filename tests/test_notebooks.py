@@ -408,7 +408,7 @@ WAIT = """\
 import os, pathlib, sys, time
 shared = pathlib.Path({folder!r})
 (shared / {mine!r}).touch()
-until = time.monotonic() + 60
+until = time.monotonic() + 600
 while not (shared / {other!r}).exists() and time.monotonic() < until:
     time.sleep(0.02)
 assert (shared / {other!r}).exists(), 'ran alone'
