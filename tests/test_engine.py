@@ -37,6 +37,7 @@ from labelaug.engine import (
     read_partial,
     read_result,
     run_trials,
+    shorten,
     status,
     write_partial,
     write_result,
@@ -285,6 +286,33 @@ def test_unfinished_rows_are_never_taken_for_a_result(go, runs, undisturbed, tmp
 
 
 # Started twice
+
+
+def test_rows_of_a_stopped_trial_are_the_result_of_a_shorter_one(runs, data_dir):
+    """Bit for bit what the shorter trial gives when it is trained, learning rate, gradients and last row included."""
+    setting = replace(LONG[0].setting, milestones=(2, 9), record_epochs=(2, 4, 6, 12))
+    long, parts = replace(LONG[0], setting=setting, gradient_epochs=(4, 12), gradient_draws=2), {}
+    keep = {"checkpoint_seconds": 0, "keep": lambda frame: parts.update({frame["epoch"].max(): frame})}
+    run_trial(long, data_dir=data_dir, **keep)
+    with pytest.raises(results.ResultsError, match="no rows up to epoch 4"):
+        shorten(long, 4, runs)
+    write_partial(long, parts[5], results.environment() | {"device": "there"}, runs=runs)
+    with pytest.raises(ValueError, match="ends after 3 epochs"):
+        shorten(long, 3, runs)
+    short = shorten(long, 4, runs)
+    assert short.setting.milestones == (2,) and short.gradient_epochs == (4,) and short.key != long.key
+    found, provenance = read_result(short, runs)
+    expected = run_trial(short, data_dir=data_dir)
+    expected = expected[expected["metric"] != "seconds"].reset_index(drop=True)
+    assert_frame_equal(found, expected, check_exact=True)
+    assert provenance["shortened_from"] == long.key and provenance["device"] == "there"
+    assert not {"unfinished", "epoch"} & provenance.keys()
+    with pytest.raises(results.ResultsError, match="no rows up to epoch 6"):
+        shorten(long, 6, runs)
+    switched = replace(long, setting=replace(setting, switch_epoch=5))
+    write_partial(switched, parts[5].assign(key=switched.key), results.environment(), runs=runs)
+    with pytest.raises(ValueError, match=r"switch_epoch must lie in 0\.\.4"):
+        shorten(switched, 4, runs)
 
 
 def test_two_processes_that_start_the_same_trials_train_each_once(start, runs, tmp_path):

@@ -15,6 +15,7 @@ import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from datetime import UTC, datetime
 from functools import partial
 from multiprocessing import connection, resource_tracker
@@ -108,6 +109,38 @@ def _read(trial: Trial, path: Path, *, unfinished: bool) -> tuple[pd.DataFrame, 
     if not ours or not _agrees(provenance.get("description"), results.described(trial, 0.0)["description"]):
         raise ResultsError(f"{path} is not the result of {trial.label}{', as far as it is' if unfinished else ''}")
     return frame, provenance
+
+
+def shorten(trial: Trial, epochs: int, runs: Path) -> Trial:
+    """Take the rows of a trial that was stopped for the result of the trial that ends after ``epochs`` epochs.
+
+    The two are one training as far as the shorter goes: what an epoch draws depends on the seed and the epoch alone,
+    and so do its learning rate and method. The result's provenance names the longer trial, ``shortened_from``; its
+    seconds are those of all the epochs that were made.
+    Returns: the shorter trial, whose result is now in ``runs``.
+    Raises: ValueError if the longer trial was not measured after ``epochs`` epochs, is switched only later or has a
+        teacher; ResultsError if there are no rows up to there.
+    """
+    found, setting = read_partial(trial, runs), trial.setting
+    if found is None or found[1]["epoch"] < epochs:
+        raise ResultsError(f"{trial.label}: there are no rows up to epoch {epochs} in {runs}")
+    if epochs not in setting.records or trial.teacher is not None:  # a teacher is measured with the last record alone
+        raise ValueError(f"{trial.label} has no record of a training that ends after {epochs} epochs")
+    records = tuple(epoch for epoch in setting.records if epoch <= epochs)
+    milestones = tuple(epoch for epoch in setting.milestones if epoch <= epochs)
+    shorter = replace(
+        trial,
+        setting=replace(setting, epochs=epochs, record_epochs=records, milestones=milestones),
+        gradient_epochs=tuple(epoch for epoch in trial.gradient_epochs if epoch <= epochs),
+    )
+    rows, provenance = found
+    rows = rows[rows["epoch"] <= epochs].assign(key=shorter.key)
+    end = rows.iloc[[-1]].assign(split="train", metric="diverged", value=0.0)
+    rest = {name: value for name, value in provenance.items() if name not in ("unfinished", "epoch")}
+    provenance = rest | {"shortened_from": trial.key} | results.described(shorter, provenance["seconds"])
+    rows = pd.concat([rows, end], ignore_index=True)
+    results.write_parquet(Path(runs) / f"{shorter.key}.parquet", rows, provenance)
+    return shorter
 
 
 def has_result(trial: Trial, runs: Path, *, say: Callable[[str], None] = lambda text: None) -> bool:
