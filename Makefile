@@ -16,8 +16,8 @@ help:  ## show this
 book: setup  ## run what is stale, build book/_build/html/index.html (PROFILE=smoke, default or paper)
 	@$(RUN) -m labelaug.cli book --profile $(PROFILE)
 
-test: setup  ## run all tests
-	@$(RUN) -m pytest
+test: setup  ## run all tests, on two cores
+	@$(RUN) -m pytest -n 2 --dist loadfile
 
 lab: setup  ## open the notebooks in JupyterLab
 	@$(RUN) -m jupyterlab notebooks
