@@ -256,6 +256,103 @@ def test_data_verifies_what_is_there(command, project, monkeypatch):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Whatever the standard streams are
+
+
+@pytest.fixture
+def process(command, project):
+    """Calls the command line on the small project in a process of its own, as a shell's words around it say."""
+    (project.root / "book" / "claims.yml").write_text(GREEK, encoding="utf-8")
+    for section in ("01_one", "02_two"):
+        project.finish(section)
+    (project.root / "benchmarks").mkdir()
+    for name in ("deep", "linear", "minimisers", "toy"):
+        (project.root / "benchmarks" / f"{name}.py").write_text(
+            "def main(quick):\n    print('λ = 1')\n", encoding="utf-8"
+        )
+    program = project.root / "program.py"
+    call = "from labelaug.cli import main\nif __name__ == '__main__':\n    main(prog_name='labelaug')"
+    program.write_text(project.script(call), encoding="utf-8")
+
+    def call(arguments, redirected="", stdout=subprocess.PIPE, **variables):
+        command = ["sh", "-c", f'exec "$0" "$1" {arguments} {redirected}', sys.executable, program]
+        buffered = os.environ | {"PYTHONUNBUFFERED": ""} | variables
+        return subprocess.run(command, env=buffered, stdout=stdout, stderr=subprocess.PIPE)
+
+    return call
+
+
+GREEK = "- {id: B-2, claim: 'ε → λ, 95 % ± “é” \U0001d400 \\x', source: s, not_tested: später}\n"
+SAID = "ε → λ, 95 % ± “é” \U0001d400 \\x"
+COMMANDS = ["--help", "--version", "claims", "claims --json", "run", "bench"]
+CURRENT = {"run": b"01_one: current\n02_two: current\n"}  # what a command says on standard error
+
+
+@pytest.mark.parametrize("closed", [">&-", "2>&-", "<&- >&- 2>&-"])
+def test_closed_streams_are_no_matter(process, closed):
+    """What can be said is said, and the rest is done."""
+    silent = "2>&-" in closed
+    done = process("run", closed)
+    assert (done.returncode, done.stderr) == (0, b"" if silent else CURRENT["run"])
+    assert done.stdout.count(b"notebook.ipynb\n") == 2 * (closed == "2>&-")
+    done = process("run 3", closed)
+    said = b"" if silent else b"Error: '3' is no section; there are: 01_one, 02_two\n"
+    assert (done.returncode, done.stdout, done.stderr) == (1, b"", said)
+
+
+def test_no_file_takes_the_number_of_a_closed_stream(tmp_path):
+    """A library's word on descriptor 2 would land in it; and a child finds three streams as well."""
+    program = (
+        "import subprocess, sys\nfrom labelaug.cli import main\nmain(['--help'], standalone_mode=False)\n"
+        "file = open('file', 'w')\nchild = 'import os; [os.fstat(n) for n in range(3)]'\n"
+        "sys.exit(10 * (file.fileno() < 3) + subprocess.run([sys.executable, '-c', child]).returncode)"
+    )
+    done = subprocess.run(["sh", "-c", 'exec "$0" -c "$1" <&- >&- 2>&-', sys.executable, program], cwd=tmp_path)
+    assert done.returncode == 0
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-16", "cp1252", "latin-1", "cp437", "ascii", "koi8-r", "shift_jis"])
+def test_output_in_any_encoding_is_whole(command, project, encoding):
+    """In the stream's own encoding; what it lacks is escaped in text, and in JSON as JSON does, so that it is read."""
+    (project.root / "book" / "claims.yml").write_text(GREEK, encoding="utf-8")
+    runner = CliRunner(charset=encoding)
+    text = runner.invoke(main, ["claims"]).stdout_bytes.decode(encoding)
+    assert SAID.encode(encoding, "backslashreplace").decode(encoding) in text and text.endswith("ter\n")
+    assert (SAID in text) == encoding.startswith("utf")
+    json_bytes = runner.invoke(main, ["claims", "--json"]).stdout_bytes
+    (row,) = json.loads(json_bytes.decode(encoding))
+    assert (row["claim"], row["why"]) == (SAID, "später")
+    assert (SAID.split()[0] in json_bytes.decode(encoding)) == encoding.startswith("utf")
+
+
+BARE = {"LC_ALL": "POSIX", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "TERM": "dumb", "COLUMNS": "1"}
+
+
+@pytest.mark.parametrize(("encoding", "variables"), [("cp1252", {"PYTHONIOENCODING": "cp1252"}), ("ascii", BARE)])
+def test_output_to_a_file_in_any_encoding_is_whole(process, encoding, variables):
+    """As on Windows, and in a locale without UTF-8."""
+    done = process("claims", **variables)
+    assert SAID.encode(encoding, "backslashreplace") in done.stdout and (done.returncode, done.stderr) == (0, b"")
+
+
+@pytest.mark.parametrize("arguments", COMMANDS)
+def test_a_reader_that_leaves_gets_no_traceback(process, arguments):
+    """`labelaug claims | head -1`: no word about it; here the pipe has no reader from the start."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = process(arguments, stdout=writer)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (1, CURRENT.get(arguments, b""))
+
+
+@pytest.mark.parametrize("arguments", COMMANDS)
+def test_a_full_disk_under_the_output_is_one_sentence(process, arguments):
+    done = process(arguments, ">/dev/full")
+    said = b"Error: cannot use a file or the output: No space left on device; free space or make it writable\n"
+    assert (done.returncode, done.stderr) == (1, CURRENT.get(arguments, b"") + said)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # The package outside its project's folder
 
 

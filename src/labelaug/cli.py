@@ -5,6 +5,7 @@ Imports of what a command needs stand inside it, so that ``labelaug --help`` ans
 
 import errno
 import os
+import sys
 from pathlib import Path
 
 import click
@@ -18,18 +19,60 @@ REFUSED = {
 
 
 class _Group(click.Group):
-    """One sentence for what a user can mend: the package's own exceptions, and a folder that cannot be used."""
+    """One sentence for what a user can mend: the package's own exceptions, and what cannot be read or written."""
+
+    def main(self, *arguments, **options):
+        _open_streams()
+        try:
+            return super().main(*arguments, **options)
+        except OSError as error:  # outside of all commands: the help cannot be written
+            if error.errno not in REFUSED:
+                raise
+            _refusal(error).show()
+            sys.exit(1)
+        finally:
+            _drop_unwritten()
 
     def invoke(self, context):
         try:
-            return super().invoke(context)
+            result = super().invoke(context)
+            sys.stdout.flush()  # a full disk is told here, not by the interpreter at its end
+            return result
         except Exception as error:
             if type(error).__module__.startswith("labelaug."):
                 raise click.ClickException(str(error).replace("\n", "\nError: ")) from None
             if isinstance(error, OSError) and error.errno in REFUSED:
-                reason = f"cannot use {error.filename or 'a file'}: {error.strerror}; free space or make it writable"
-                raise click.ClickException(reason) from None
+                raise _refusal(error) from None
             raise
+
+
+def _refusal(error: OSError) -> click.ClickException:
+    what = error.filename or "a file or the output"
+    return click.ClickException(f"cannot use {what}: {error.strerror}; free space or make it writable")
+
+
+def _open_streams() -> None:
+    """Let a closed standard stream lead to nowhere, lest a file get its number; escape what an encoding lacks."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            number = os.open(os.devnull, os.O_RDWR)  # the least that is free: the stream's own
+            os.set_inheritable(number, True)
+            setattr(sys, name, open(number, mode, encoding="utf-8"))
+    if hasattr(sys.stdout, "reconfigure"):  # a notebook's has no encoding
+        sys.stdout.reconfigure(errors="backslashreplace")  # as Python itself does for standard error
+
+
+def _drop_unwritten() -> None:
+    """Forget output that could not be written, which was told: the interpreter would try once more at its end."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _print(text: str) -> None:
+    """A line on standard output in its own encoding, where click.echo would take ASCII for a mistake."""
+    click.echo(text, file=sys.stdout)
 
 
 class _ProjectCommand(click.Command):
@@ -48,7 +91,7 @@ def _version(context, option, value):
         from importlib.metadata import PackageNotFoundError, version
 
         try:
-            click.echo(f"labelaug {version('labelaug')}")
+            _print(f"labelaug {version('labelaug')}")
         except PackageNotFoundError:
             raise click.ClickException(
                 "the package was copied, not installed by pip: its version is not known"
@@ -151,7 +194,7 @@ def run(notebooks, profile, overrides, force, jobs):
     _fetch(resolve_all(names, profile, overrides))  # a mistake is told before anything is downloaded
     runs = run_sections(names, profile=profile, overrides=overrides, force=force, jobs=jobs)
     for finished in runs:
-        click.echo(f"{finished.section}: {finished.path / 'notebook.ipynb'}")
+        _print(f"{finished.section}: {finished.path / 'notebook.ipynb'}")
 
 
 @main.command(cls=_ProjectCommand)
@@ -178,7 +221,7 @@ def book(profile, force, jobs):
         "execution.md": claims.execution_markdown(runs),
     }
     index = pages.build(pages.assemble(runs, generated))
-    click.echo(f"{index} ({time.perf_counter() - started:.0f} s)")
+    _print(f"{index} ({time.perf_counter() - started:.0f} s)")
 
 
 @main.command("claims", cls=_ProjectCommand)
@@ -187,6 +230,7 @@ def book(profile, force, jobs):
 @data_option
 def claims_command(as_json, profile):
     """Print each claim, our number, the verdict."""
+    import codecs
     import json
 
     from labelaug import claims
@@ -194,11 +238,12 @@ def claims_command(as_json, profile):
 
     rows = claims.evaluate(current_runs(profile)[0])
     if as_json:
-        return click.echo(json.dumps(rows, indent=1, ensure_ascii=False, allow_nan=False))
+        holds_all = codecs.lookup(sys.stdout.encoding).name.startswith("utf")
+        return _print(json.dumps(rows, indent=1, ensure_ascii=not holds_all, allow_nan=False))
     for row in rows:
-        click.echo(f"{row['id']:8} {claims.number(row):28} {row['verdict']:16} {row['claim']}")
+        _print(f"{row['id']:8} {claims.number(row):28} {row['verdict']:16} {row['claim']}")
         if row["why"]:
-            click.echo(f"{'':8} {row['why']}")
+            _print(f"{'':8} {row['why']}")
 
 
 @main.command()
@@ -248,7 +293,7 @@ def train(study, scale, workers, scheduler, device, minutes, runs, only_list):
         for trial in trials:
             state, seconds = engine.status(trial, runs)
             cost = "" if seconds is None else f"{seconds:.1f} s"
-            click.echo(f"{trial.key}  {state:24} {cost:>10}  {trial.label}")
+            _print(f"{trial.key}  {state:24} {cost:>10}  {trial.label}")
         return
     results.commit()  # a wrong $LABELAUG_COMMIT is told before anything is trained
     if not paths.is_checkout():
@@ -270,7 +315,7 @@ def train(study, scale, workers, scheduler, device, minutes, runs, only_list):
     finally:  # trials that were finished before something stopped the rest are merged too
         merged = engine.merge(study, scale, runs=runs, folder=runs if scale == "smoke" else folder)
         if merged:
-            click.echo(merged)
+            _print(merged)
 
 
 @main.command("results")
@@ -287,11 +332,11 @@ def results_command():
     for path in files:
         found = results.load_study(*path.stem.rsplit("-", 1), folder=path.parent)
         trials = found.trials
-        click.echo(f"{path.name}: {found.study} at scale {found.scale}")
-        click.echo(f"  {len(trials)} trials, seeds {', '.join(str(seed) for seed in sorted(set(found.rows['seed'])))}")
-        click.echo(f"  {trials['seconds'].sum() / 3600:.2f} hours on {'; '.join(sorted(set(trials['device'])))}")
+        _print(f"{path.name}: {found.study} at scale {found.scale}")
+        _print(f"  {len(trials)} trials, seeds {', '.join(str(seed) for seed in sorted(set(found.rows['seed'])))}")
+        _print(f"  {trials['seconds'].sum() / 3600:.2f} hours on {'; '.join(sorted(set(trials['device'])))}")
         commits = sorted({f"{row.commit[:7]}{' with changes' if row.dirty else ''}" for row in trials.itertuples()})
-        click.echo(f"  {trials['created'].min()[:10]} to {trials['created'].max()[:10]}, commits {', '.join(commits)}")
+        _print(f"  {trials['created'].min()[:10]} to {trials['created'].max()[:10]}, commits {', '.join(commits)}")
 
 
 @main.command()
@@ -311,7 +356,7 @@ def data(names, data_dir):
             found = images.download(name, folder)
         except ValueError as error:  # not a name that an image set can have
             raise click.BadParameter(str(error), param_hint="NAME") from None
-        click.echo(
+        _print(
             f"{name}: {len(found.x_train)} + {len(found.x_test)} images of {len(found.classes)} classes in {folder}, "
             f"checksum {found.checksum[:12]}"
         )
@@ -342,7 +387,7 @@ def bench(as_json, quick):
         else:
             module.main(quick=quick)
     if as_json:
-        click.echo(json.dumps(rows, indent=1))
+        _print(json.dumps(rows, indent=1))
 
 
 if __name__ == "__main__":
