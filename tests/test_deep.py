@@ -377,6 +377,27 @@ def test_records_and_measures_leave_the_training_bits_alone():
         assert torch.equal(*found)
 
 
+def test_what_a_measure_does_to_the_model_is_undone():
+    """One that runs the network in training mode moves its running means: later records do not see it."""
+
+    def logit(model):
+        return {"test": {"logit": model(images()[0].float())[0, 0]}}
+
+    def nosy(model):
+        found = logit(model)
+        with torch.enable_grad():
+            model.train()(10 * images()[0].float()).sum().backward()
+        return found
+
+    setting, found = DeepSetting(0.05, 3, 5, optimiser="sgd", record_epochs=(0, 1, 2, 3)), []
+    for measure in (logit, nosy):
+        model = Convolutional()
+        frame = train(model, *images(), setting=setting, seed=0, measure=measure)
+        found.append((frame, model.state_dict()))
+    pd.testing.assert_frame_equal(found[0][0], found[1][0], check_exact=True)
+    assert_close(found[0][1], found[1][1], rtol=0, atol=0)
+
+
 def test_streams_are_apart():
     """The order of the examples is the same with and without mixing: seen through a model that notes its inputs."""
     x, labels = torch.arange(20.0)[:, None], torch.arange(20) % 2

@@ -131,3 +131,52 @@ def test_labels_that_are_none_are_refused(labels):
         gradient_norms(
             model, x, good + labels * K, num_classes=K, setting=DeepSetting(0.1, 1, N), seed=0, epoch=0, draws=2
         )
+
+
+def layered():
+    """Batch normalisation in training mode and, beside it, in evaluation mode; dropout; a frozen weight; a gradient."""
+    layers = [nn.Linear(D, 5), nn.BatchNorm1d(5), nn.Dropout(0.5), nn.BatchNorm1d(5), nn.Linear(5, K)]
+    model = nn.Sequential(*layers).to(torch.float64)
+    model[3].eval()
+    model[0].bias.requires_grad_(False)
+    model[4].weight.grad = torch.ones_like(model[4].weight)
+    return model
+
+
+def state(model):
+    """All that a measurement could leave behind: in the model, in torch and in NumPy."""
+    return {
+        "numbers": {name: value.clone() for name, value in model.state_dict().items()},
+        "modes": [layer.training for layer in model.modules()],
+        "trained": [parameter.requires_grad for parameter in model.parameters()],
+        "gradients": [None if p.grad is None else p.grad.clone() for p in model.parameters()],
+        "hooks": [len(layer._forward_hooks) + len(layer._forward_pre_hooks) for layer in model.modules()],
+        "torch": torch.get_rng_state(),
+        "numpy": np.random.get_state()[1].tolist(),  # noqa: NPY002 - the global stream, which nothing may use
+        "threads": torch.get_num_threads(),
+        "taped": torch.is_grad_enabled(),
+    }
+
+
+@pytest.mark.parametrize("taped", [True, False])
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_measurement_leaves_nothing_behind(taped, fails):
+    """Also one that a teacher breaks off in its course, after the clean gradient has moved the running means."""
+    model, (_, x, labels) = layered(), problem()
+
+    def broken(inputs):
+        raise KeyboardInterrupt
+
+    setting = DeepSetting(0.1, 1, 4, labels="teacher" if fails else "data")
+    arguments = {"num_classes": K, "setting": setting, "seed": 0, "epoch": 0, "draws": 3}
+    with torch.set_grad_enabled(taped):
+        before = state(model)
+        if fails:
+            with pytest.raises(KeyboardInterrupt):
+                gradient_norms(model, x, labels, teacher=broken, **arguments)
+        else:
+            gradient_norms(model, x, labels, **arguments)
+        torch.testing.assert_close(state(model), before, rtol=0, atol=0)
+        model[1](model[0](x))  # control: a forward pass in training mode is seen
+        with pytest.raises(AssertionError):
+            torch.testing.assert_close(state(model), before, rtol=0, atol=0)

@@ -355,6 +355,22 @@ def _moved(draws: Sequence[Draw], device: torch.device) -> list[Draw]:
 
 
 @contextmanager
+def left_as_found(model: nn.Module, device: torch.device):
+    """After the block the model's buffers, each layer's mode and torch's random state are what they were before it."""
+    modes = [(layer, layer.training) for layer in model.modules()]
+    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    try:
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            yield
+    finally:
+        for layer, mode in modes:
+            layer.training = mode
+        with torch.no_grad():
+            for buffer, before in buffers:
+                buffer.copy_(before)
+
+
+@contextmanager
 def one_core(device: torch.device):
     """One thread for work on a CPU, given back afterwards; nothing for other devices."""
     if device.type != "cpu":
@@ -419,13 +435,8 @@ def check_last_batch(model: nn.Module, x: Tensor, batch_size: int) -> None:
 
 def _measured(model: nn.Module, measure: Measure, device: torch.device) -> list[tuple[str, str, float]]:
     """What ``measure`` says of the model, as (split, metric, value); the model is left as it was found."""
-    was_training = model.training
-    model.eval()
-    try:
-        with torch.no_grad(), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-            found = measure(model)
-    finally:
-        model.train(was_training)
+    with torch.no_grad(), left_as_found(model, device):
+        found = measure(model.eval())
     return [(split, name, float(value)) for split, part in found.items() for name, value in part.items()]
 
 

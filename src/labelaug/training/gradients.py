@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from labelaug.methods import ERM
 from labelaug.targets import check_labels, smooth_targets
-from labelaug.training.deep import DeepSetting, check_last_batch, gather, minibatch_loss
+from labelaug.training.deep import DeepSetting, check_last_batch, gather, left_as_found, minibatch_loss
 from labelaug.training.linear import LAM, ORDER, PARTNER
 
 GRADIENTS = 6  # purpose of the streams of these draws, beside those of training
@@ -36,7 +36,7 @@ def gradient_norms(
     stationary; ``parameter_norm``: ‖θ‖.
 
     Args: x: uint8 images ``[n, C, H, W]`` or floats ``[n, ...]``; labels: ``[n]``; epoch: whole epochs made;
-        draws: M, at least 2. The model is left as it was found.
+        draws: M, at least 2. The model is left as it was found, and so is torch's random state.
     Raises: ValueError for fewer draws, a label outside 0..K-1, or if the model cannot be trained on the last minibatch.
     """
     if draws < 2:
@@ -44,7 +44,6 @@ def gradient_norms(
     check_labels(labels, num_classes)
     check_last_batch(model, x, setting.batch_size)
     parameters = [p for p in model.parameters() if p.requires_grad]
-    buffers = [(b, b.clone()) for b in model.buffers()]
     base = x.permute(0, 2, 3, 1) if x.dtype == torch.uint8 else x
     rng = {p: np.random.default_rng([seed, GRADIENTS, p, epoch]) for p in (ORDER, PARTNER, LAM)}
     size = min(setting.batch_size, len(x))
@@ -58,26 +57,17 @@ def gradient_norms(
         loss, _ = minibatch_loss(model, teacher, inputs, targets, draw, method=method, setting=setting)
         return torch.cat([g.flatten() for g in torch.autograd.grad(loss, parameters)]).double()
 
-    was_training = model.training
-    model.train()
-    try:
-        with torch.enable_grad():
-            order = rng[ORDER].permutation(len(x))
-            clean = sum(
-                gradient(order[begin : begin + size], ERM, 0.0, None) * (len(order[begin : begin + size]) / len(x))
-                for begin in range(0, len(x), size)
-            )
-            total, squares = 0, 0.0
-            for _ in range(draws):
-                one = gradient(
-                    rng[ORDER].permutation(len(x))[:size], setting.method_at(epoch), setting.smoothing, teacher
-                )
-                total, squares = total + one, squares + one @ one
-    finally:
-        model.train(was_training)
-        with torch.no_grad():
-            for buffer, before in buffers:
-                buffer.copy_(before)
+    with torch.enable_grad(), left_as_found(model, x.device):
+        model.train()
+        order = rng[ORDER].permutation(len(x))
+        clean = sum(
+            gradient(order[begin : begin + size], ERM, 0.0, None) * (len(order[begin : begin + size]) / len(x))
+            for begin in range(0, len(x), size)
+        )
+        total, squares = 0, 0.0
+        for _ in range(draws):
+            one = gradient(rng[ORDER].permutation(len(x))[:size], setting.method_at(epoch), setting.smoothing, teacher)
+            total, squares = total + one, squares + one @ one
     theta = torch.cat([p.detach().flatten() for p in parameters]).double()
     squared = (total @ total - squares) / (draws * (draws - 1))
     penalty = setting.weight_decay
