@@ -1,14 +1,19 @@
 """Figures: both themes filed, one output of two kinds, caption and alt text demanded, colours legible."""
 
+import html
 import json
 import math
+from xml.etree import ElementTree
 
 import numpy as np
 import pandas as pd
 import pytest
+from markdown_it.renderer import RendererHTML
 from matplotlib import pyplot as plt
+from myst_parser.config.main import MdParserConfig
+from myst_parser.parsers.mdit import create_md_parser
 
-from labelaug import plots, results
+from labelaug import paths, plots, results
 
 FRAME = pd.DataFrame(
     [
@@ -151,3 +156,86 @@ def test_exact_curves_stand_in_the_panel_of_their_method():
         ends = sorted(line.get_ydata()[0] for line in axis.lines if line.get_zorder() == 5)
         assert ends == [10 * i + 0.5, 10 * i + 1.5]
     plt.close("all")
+
+
+NAMES = [
+    r"$\frac$",
+    "a $ and a $",
+    r"a\$b",
+    "<script>alert(1)</script>",
+    "a|b",
+    "{{x}}",
+    "_one_ **two** `three`",
+    "[link](https://example.org){.class}",
+    "&lt; &amp; 1 < 2",
+    "{doc}`index` @cite ^up^ ~down~ =marked=",
+    "![image](x.svg) <!-- note -->",
+    "aquarium_fish",
+    "שלום, עולם",
+    "- 1. # plain + words",
+]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_name_from_data_is_text_in_a_figure(name, tmp_path):
+    """As an axis label, a tick and a panel's row; the SVG's own text is the name, letter by letter."""
+    frame = FRAME.assign(pair=name)
+
+    def words(figure):
+        with plt.rc_context({"svg.fonttype": "none"}):
+            figure.savefig(tmp_path / "figure.svg")
+        plt.close(figure)
+        return [
+            "".join(node.itertext()) for node in ElementTree.parse(tmp_path / "figure.svg").iter() if "text" in node.tag
+        ]
+
+    figure, axis = plt.subplots()
+    axis.plot([0, 1])
+    axis.set(xlabel=plots.figure_text(name), title=f"{plots.figure_text(name)}, $x^2$")  # drawn in pieces
+    axis.set_xticks([0.5], [plots.figure_text(name)])
+    found = words(figure)
+    assert found.count(name) == 2
+    assert name in words(plots.strength_panels(frame, ylabel="", rows="pair"))
+    assert name in words(plots.strength_family(frame, by="case", bylabel="", ylabel="", rows="pair"))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_name_from_data_is_text_on_a_page(name, section, shown):
+    """In a caption between mathematics and emphasis of our own, which stay what they are; in the live form too."""
+    caption = f"{plots.page_text(name)}: *gap* at $x^2$, {plots.page_text(name)}."
+    plots.publish(one_line, section, name="fig-line", caption=caption, alt="A line.", data="points")
+    (bundle,) = shown
+    extensions = {"amsmath", "attrs_inline", "colon_fence", "deflist", "dollarmath"}  # those of _config.yml
+    parser = create_md_parser(MdParserConfig(enable_extensions=extensions), RendererHTML)
+    (inline,) = [t for t in parser.parse(bundle["text/markdown"].splitlines()[-2]) if t.type == "inline"]
+    kinds = [token.type for token in inline.children]
+    assert set(kinds) <= {"text", "text_special", "em_open", "em_close", "math_inline"}, kinds
+    assert kinds.count("math_inline") == 1 and kinds.count("em_open") == 1
+    assert "".join(token.content for token in inline.children) == f"{name}: gap at x^2, {name}."
+    assert html.unescape(bundle["text/html"].split("<figcaption>")[1]).startswith(f"{name}: *gap* at $x^2$, {name}.")
+
+
+def test_marks_are_what_the_page_reads():
+    """The control: without it some of these names are mathematics, HTML, emphasis or a role."""
+    extensions = {"amsmath", "attrs_inline", "colon_fence", "deflist", "dollarmath"}
+    parser = create_md_parser(MdParserConfig(enable_extensions=extensions), RendererHTML)
+    kinds = {token.type for name in NAMES for token in parser.parse(f"A {name}.")[1].children}
+    assert kinds >= {
+        "math_inline",
+        "html_inline",
+        "em_open",
+        "strong_open",
+        "code_inline",
+        "link_open",
+        "myst_role",
+        "image",
+    }
+
+
+def test_the_section_on_pairs_shows_class_names_as_text():
+    """The one section whose classes a reader names writes no title of a pair but through these functions."""
+    cells = json.loads((paths.NOTEBOOKS / "03_binary_images.ipynb").read_text(encoding="utf-8"))["cells"]
+    code = "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")
+    assert code.count("plots.page_text(title)") == 5 and code.count("plots.figure_text(pair[") == 2
+    assert "{title}" not in code and 'label(pair["title"]' not in code and "{pair['title']" not in code
+    assert code.count('escape="html"') == 2  # pandas' styled tables escape nothing by themselves

@@ -4,6 +4,7 @@ import base64
 import html
 import io
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,6 +28,7 @@ THEMES = {
     "light": {"background": "#ffffff", "ink": "#222222", "grid": "#dddddd", "palette": LIGHT},
     "dark": {"background": "#121212", "ink": "#e6e6e6", "grid": "#3a3a3a", "palette": DARK},
 }
+MARKS = r"([\\`*_{}\[\]()<>#+|$~&^=@!-])"  # what MyST, inside a line, may take for more than itself
 
 
 @contextmanager
@@ -62,6 +64,19 @@ def colour(method: str) -> str:
     """The colour of a method in the theme in force; "ink" is the colour of text."""
     colours = THEMES[_mode()]
     return colours["ink"] if method == "ink" else colours["palette"][method]
+
+
+def figure_text(name: str) -> str:
+    """A name that comes from data, as matplotlib is to draw it: letter by letter, its dollars no mathematics.
+
+    For labels, ticks and titles; from a legend matplotlib leaves out what begins with an underscore.
+    """
+    return name.replace("$", r"\$")
+
+
+def page_text(name: str) -> str:
+    """A name that comes from data, as MyST is to show it, in a caption or a cell: letter by letter, no markup."""
+    return re.sub(MARKS, r"\\\1", name)
 
 
 def publish(
@@ -106,10 +121,11 @@ def publish(
         ]
     )
     source = "data:image/svg+xml;base64," + base64.b64encode(images["light"]).decode()
+    read = re.sub(rf"\\{MARKS}", r"\1", caption)  # as page_text found it: here no markup is read
     links = ", ".join(html.escape(str(Path("tables") / f"{table}.csv")) for table in tables)
     page = (
         f'<figure><img alt="{html.escape(alt)}" src="{source}" style="max-width:100%">'
-        f"<figcaption>{html.escape(caption)} <em>Data: {links}</em></figcaption></figure>"
+        f"<figcaption>{html.escape(read)} <em>Data: {links}</em></figcaption></figure>"
     )
     display({"text/html": page, "text/markdown": directive, "text/plain": f"{name}: {alt}"}, raw=True)
 
@@ -213,7 +229,8 @@ def _strength_grid(frame, *, ylabel, rows, log):
             axis.set_yscale("log" if log else "linear")
             axis.set_xlabel(STRENGTH[method] if i == len(groups) - 1 else "")
             panels.append((axis, group, method, part[part["method"] == method]))
-        axes[i][0].set_ylabel(ylabel if group is None else "\n".join(filter(None, (group, ylabel))))
+        row = None if group is None else figure_text(group)
+        axes[i][0].set_ylabel("\n".join(filter(None, (row, ylabel))))
     figure.align_ylabels()
     return figure, panels
 
