@@ -60,6 +60,8 @@ def test_def_turn():
     assert found["rise"] == pytest.approx(0.02, abs=1e-12)
     # Negative control: the least on the test images themselves, 0.40, is another number.
     assert found["last"] - min(CURVE["test/error"][1:]) == pytest.approx(0.07, abs=1e-12)
+    untrained = CURVE | {"validation/error": [0.1, *CURVE["validation/error"][1:]]}
+    assert turns(rows_of(untrained), "error").iloc[0]["turn"] == 3  # the start, before any step, is no turn
     late = turns(rows_of(CURVE), "error", least_epoch=4).iloc[0]
     assert late["turn"] == 4 and late["rise"] == 0
 

@@ -10,6 +10,7 @@ from torch import nn
 from labelaug.methods import ERM, Mixup
 from labelaug.training.deep import DeepSetting
 from labelaug.training.gradients import gradient_norms
+from labelaug.training.linear import ORDER
 
 N, D, K = 8, 3, 4
 
@@ -180,3 +181,14 @@ def test_a_measurement_leaves_nothing_behind(taped, fails):
         model[1](model[0](x))  # control: a forward pass in training mode is seen
         with pytest.raises(AssertionError):
             torch.testing.assert_close(state(model), before, rtol=0, atol=0)
+
+
+def test_the_draws_come_from_streams_of_their_own():
+    """[seed, 6, purpose, epoch]: apart from those of training, so that a measurement sees other minibatches."""
+    examples, size, draws = example_gradients(), 3, 5
+    order = np.random.default_rng([2, 6, ORDER, 7])
+    order.permutation(N)  # of the clean gradient
+    drawn = torch.stack([examples[torch.from_numpy(order.permutation(N)[:size])].mean(0) for _ in range(draws)])
+    found = norms(DeepSetting(0.1, 9, size), draws=draws, epoch=7, seed=2)
+    assert found["minibatch_gradient"] == pytest.approx(drawn.square().sum(1).mean().sqrt().item(), rel=1e-12)
+    assert found["squared_objective_gradient"] == pytest.approx(float(unbiased(drawn.numpy())), rel=1e-9)

@@ -250,3 +250,13 @@ def test_benchmark_times_the_same_computation():
     mixed = benchmark.autograd_loop(draws, 1, ToySetting(lam=0.5), training, epochs=200, generator=generator).numpy()
     exact = closed_form(draws, 0.5, [200], start=0.25 * draws.start, rate=0.1)[1, 0]
     assert np.linalg.norm(mixed - exact) < 0.5 * np.linalg.norm(mixed - ours)
+
+
+def test_threads_are_given_back():
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        train_toy(draw_teachers(SMALL, 4, seeds=[0]), [ToySetting()], ToyTraining(epochs=1))
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)

@@ -128,6 +128,22 @@ def test_subsets_are_balanced_nested_seeded_and_the_same_from_any_file(tmp_path)
     assert len(whole.parts["train"][1]) == len(digits.y_train) and set(whole.parts) == {"train", "test"}
 
 
+def test_subsets_and_random_labels_come_from_streams_of_their_own(folder):
+    """[seed, 7, split] orders each class in turn, [seed, 8] says which labels are redrawn."""
+    images = Images("digits", fraction=0.2, test=7, random_labels=0.3, seed=3)
+    data, digits = prepare(images, data_dir=folder, device="cpu"), load_images("digits", folder)
+    each = round(0.2 * np.bincount(digits.y_train).min())
+    for index, (split, count) in enumerate((("train", each), ("test", 7))):
+        rng = np.random.default_rng([3, 7, index])
+        x, y = getattr(digits, f"x_{split}"), getattr(digits, f"y_{split}")
+        chosen = np.concatenate([rng.permutation(np.flatnonzero(y == k))[:count] for k in range(10)])
+        assert np.array_equal(data.parts[split][0].numpy(), x[chosen].transpose(0, 3, 1, 2))
+    rng, labels = np.random.default_rng([3, 8]), np.repeat(np.arange(10), each)
+    redrawn = rng.permutation(10 * each)[: round(0.3 * 10 * each)]
+    labels[redrawn] = rng.integers(10, size=10 * each)[redrawn]
+    assert data.parts["train"][1].tolist() == labels.tolist()
+
+
 def test_classes_are_relabelled_in_the_order_given(folder):
     data = prepare(Images("digits", classes=("7", "3")), data_dir=folder, device="cpu")
     digits = load_images("digits", folder)
