@@ -4,13 +4,12 @@ Rounding changes with a processor's instructions, the number of threads, the ord
 variant is a fresh process whose environment differs in one of them; the first is what the others are held against.
 
 Run by ``python benchmarks/agreement.py``: it writes ``results/agreement.json``, from which *What you can rely on* is
-made, and copies README's figure. Whatever has been measured at this state of the sources is kept, so that the same
-command goes on after a stop; the pair of CIFAR-10, which takes longest, comes last.
+made. Whatever has been measured at this commit is kept, so that the same command goes on after a stop; the pair of
+CIFAR-10, which takes longest, comes last.
 """
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -21,7 +20,6 @@ from labelaug.studies import STUDIES
 from labelaug.trials import run_trial
 
 FOLDER = paths.BUILD / "agreement"
-FIGURE = "fig-binary-controls-light.svg"
 BOTH = ["cifar10:airplane:automobile", "cifar100:apple:aquarium_fish"]
 AVX2 = {"ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2", "MKL_ENABLE_INSTRUCTIONS": "AVX2"}
 # MKL's code for any x86 processor and torch's for any at all: no fused products, sums in another order.
@@ -92,7 +90,6 @@ def main() -> None:
             one = json.loads(done.stdout)
             found.setdefault(case, {})[variant] = one
             agreement.PATH.write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    shutil.copyfile(next(FOLDER.glob(f"*/*/*/*/figures/{FIGURE}")), paths.PROJECT / "book" / "readme-figure.svg")
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from importlib.metadata import version
 import pytest
 from click.testing import CliRunner
 
-from labelaug import book, claims, notebooks, results
+from labelaug import agreement, book, claims, notebooks, results
 from labelaug.cli import main
 from labelaug.data import images
 
@@ -235,7 +235,8 @@ def test_book_runs_assembles_and_builds(command, project, monkeypatch):
     assert done.exit_code == 0, done.output
     assert done.stdout.startswith(f"{project.build / 'html' / 'index.html'} (") and done.stdout.endswith(" s)\n")
     assert seen["runs"] == folders
-    assert seen["generated"].keys() == {"ledger.md", "headline.md", "execution.md"}
+    assert seen["generated"].keys() == {"ledger.md", "headline.md", "execution.md", "agreement.md"}
+    assert seen["generated"]["agreement.md"] == agreement.markdown(agreement.load())
     assert "{doc}`/01_one`" in seen["generated"]["execution.md"]
 
 

@@ -206,8 +206,8 @@ def book(profile, force, jobs):
     """Run what is stale, then build the pages."""
     import time
 
+    from labelaug import agreement, claims, results
     from labelaug import book as pages
-    from labelaug import claims, results
     from labelaug.notebooks import resolve_all, run_sections, sections
 
     started = time.perf_counter()
@@ -219,6 +219,7 @@ def book(profile, force, jobs):
         "ledger.md": claims.ledger_markdown(rows),
         "headline.md": claims.headline_markdown(rows),
         "execution.md": claims.execution_markdown(runs),
+        "agreement.md": agreement.markdown(agreement.load()),
     }
     index = pages.build(pages.assemble(runs, generated))
     _print(f"{index} ({time.perf_counter() - started:.0f} s)")
