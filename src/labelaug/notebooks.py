@@ -180,8 +180,12 @@ def image_sets(section: str, parameters: dict) -> list[str]:
 
 
 def _committed_results(section: str, parameters: dict) -> list[str]:
-    """SHA-256 of each file of results that a section reads, ``{"labelaug": {"results": ["STUDY-{scale}", …]}}``."""
-    files = [paths.RESULTS / f"{name}.parquet" for name in _read_by(section, "results", parameters)]
+    """SHA-256 of each file of results that a section reads, ``{"labelaug": {"results": ["STUDY-{scale}", …]}}``.
+
+    A name without an ending is that of a study's parquet file.
+    """
+    names = [Path(name) for name in _read_by(section, "results", parameters)]
+    files = [paths.RESULTS / (name if name.suffix else f"{name}.parquet") for name in names]
     return [hashlib.sha256(file.read_bytes()).hexdigest() if file.exists() else "none" for file in files]
 
 

@@ -20,7 +20,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from labelaug import parameters, paths
+from labelaug import paths
 from labelaug.paths import BUILD, PROJECT
 
 METADATA_KEY = b"labelaug"
@@ -170,6 +170,8 @@ class Section:
         Args: namespace: ``globals()`` of the notebook, after its parameters cell.
         Raises: ParameterError.
         """
+        from labelaug import parameters  # needs YAML, which a machine that only trains may lack
+
         parameters.check(self.name, namespace)
 
     def write(self, table: str, frame: pd.DataFrame, *, description, seconds: float | None = None) -> None:
