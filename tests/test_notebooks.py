@@ -652,6 +652,18 @@ def test_the_other_matplotlibrcs_do_not_arrive_either(project, configured, where
     assert (project.notebooks / "seen.txt").read_text() == ("7.0 10.0" if where == "home" else "1.5 23.0")
 
 
+def test_a_matplotlibrc_that_cannot_be_read_stops_no_section(project, configured, tmp_path, monkeypatch):
+    """The process beside the kernel asks matplotlib for the list of fonts; matplotlib alone raises, as the control."""
+    monkeypatch.delenv("MATPLOTLIBRC")
+    (tmp_path / "home" / ".config" / "matplotlib" / "matplotlibrc").write_bytes(b"lines.linewidth: \xff\n")
+    project.write("01_one", "n: int = 1")
+    (run,) = run_sections(progress=False)
+    assert (run.path / "run.json").exists()
+    command = [sys.executable, "-P", "-c", "import matplotlib"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 1 and "UnicodeDecodeError" in done.stderr
+
+
 SPAWNS = """\
 import multiprocessing, sys
 def work():
