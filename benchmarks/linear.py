@@ -9,7 +9,6 @@ Run by ``labelaug bench``.
 
 import os
 import re
-import resource
 import subprocess
 import sys
 import time
@@ -19,6 +18,7 @@ from json import dumps, loads
 from pathlib import Path
 
 import numpy as np
+import psutil
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -228,6 +228,11 @@ def peak_memory() -> float:
     status = Path("/proc/self/status")
     if status.exists():  # Linux's ru_maxrss starts from the memory of the parent
         return int(re.search(r"VmHWM:\s*(\d+) kB", status.read_text())[1]) * 1024 / 1e6
+    memory = psutil.Process().memory_info()
+    if hasattr(memory, "peak_wset"):  # Windows
+        return memory.peak_wset / 1e6
+    import resource
+
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6  # bytes on macOS
 
 
@@ -240,9 +245,9 @@ def rows(name: str, ours_s: float, floor_s: float, others, *, peak_mb: float | N
     Keys: name; ours_s; other; other_s; ratio (other_s / ours_s); floor_s; load (one-minute load average before and
     after the other was measured); peak_mb (of ours, where it was measured).
     """
-    before = os.getloadavg()[0]
+    before = psutil.getloadavg()[0]
     for other, other_s in others:
-        after = os.getloadavg()[0]
+        after = psutil.getloadavg()[0]
         yield {
             "name": name,
             "ours_s": round(ours_s, 3),

@@ -1,7 +1,9 @@
 """The command line: one sentence and an exit code for what a user can mend, a traceback for what only we can."""
 
+import ast
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -351,6 +353,63 @@ def test_a_full_disk_under_the_output_is_one_sentence(process, arguments):
     done = process(arguments, ">/dev/full")
     said = b"Error: cannot use a file or the output: No space left on device; free space or make it writable\n"
     assert (done.returncode, done.stderr) == (1, CURRENT.get(arguments, b"") + said)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Other systems
+
+
+ELSEWHERE = """\
+import builtins, importlib, importlib.util, pkgutil, sys
+from pathlib import Path
+def imports(name, globals=None, *more, **options):  # what libraries import on this system is their own affair
+    if name.partition(".")[0] in REFUSED and (globals or {}).get("__name__", "").startswith(("labelaug", "benchmark_")):
+        raise ModuleNotFoundError(name)
+    return ordinary(name, globals, *more, **options)
+REFUSED = {"fcntl", "resource", "pwd", "grp", "termios", "tty", "pty", "syslog"}
+ordinary, builtins.__import__ = builtins.__import__, imports
+try:
+    exec("import resource", {"__name__": "labelaug.planted"})
+except ModuleNotFoundError:
+    print("refused")
+import labelaug
+for module in pkgutil.walk_packages(labelaug.__path__, "labelaug."):
+    print(importlib.import_module(module.name).__name__)
+for path in sorted(Path(sys.argv[1]).glob("*.py")):
+    spec = importlib.util.spec_from_file_location(f"benchmark_{path.stem}", path)
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    print(spec.name)
+"""
+
+
+def test_every_module_imports_without_what_only_unix_has():
+    """As on Windows: the package's own modules and the benchmarks find no fcntl, resource, pwd, and the like."""
+    folder = results.PROJECT / "benchmarks"
+    done = subprocess.run([sys.executable, "-c", ELSEWHERE, folder], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    files = [path for path in notebooks.PACKAGE.rglob("*.py") if path != notebooks.PACKAGE / "__init__.py"]
+    said = done.stdout.splitlines()
+    assert said[0] == "refused" and len(said) == 1 + len(files) + len(list(folder.glob("*.py")))
+
+
+def test_text_is_read_and_written_in_a_stated_encoding():
+    """Else it is the locale's, which is cp1252 on most Windows machines and cannot hold the notation."""
+    text = {"open", "read_text", "write_text", "TemporaryFile", "NamedTemporaryFile", "fdopen"}
+
+    def unstated(source):
+        for call in (node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call)):
+            name = call.func.attr if isinstance(call.func, ast.Attribute) else getattr(call.func, "id", "")
+            options = {option.arg: ast.unparse(option.value) for option in call.keywords}
+            mode = options.get("mode") or "".join(ast.unparse(value) for value in call.args[1:2])
+            whole = name in text and "b" not in mode and not re.search("os.open|layout.open", ast.unparse(call.func))
+            if (whole or "text" in options) and "encoding" not in options:
+                yield ast.unparse(call)
+
+    files = [*notebooks.PACKAGE.rglob("*.py"), *(results.PROJECT / "book" / "_ext").glob("*.py")]
+    assert {path.name: found for path in files if (found := list(unstated(path.read_text(encoding="utf-8"))))} == {}
+    planted = "open('x')\nopen('x', 'rb')\np.read_text()\np.read_text(encoding='utf-8')\nrun(['x'], text=True)"
+    assert list(unstated(planted)) == ["open('x')", "p.read_text()", "run(['x'], text=True)"]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -44,7 +44,8 @@ def fetch_assets(pages: Path = PAGES) -> dict[str, Path]:
     stamp = modules / ".labelaug-lock.json"
     if not stamp.is_file() or stamp.read_bytes() != lock.read_bytes():
         print("book: fetching MathJax", file=sys.stderr)
-        done = npm(["ci"], return_completed_process=True, cwd=pages, capture_output=True, text=True)
+        heard = {"capture_output": True, "encoding": "utf-8", "errors": "replace"}  # whatever the locale
+        done = npm(["ci"], return_completed_process=True, cwd=pages, **heard)
         if done.returncode:
             raise BookError(
                 f"npm could not install what {lock} pins (the network is needed once):\n{done.stderr[-2000:].rstrip()}"
@@ -106,7 +107,7 @@ def build(source: Path, *, config: Path = CONFIG, html: Path = BUILD / "html") -
     """
     source, index, stamp = source.resolve(), html / "index.html", html / STAMP
     key = _key(source, config)
-    if index.is_file() and stamp.is_file() and stamp.read_text() == key:
+    if index.is_file() and stamp.is_file() and stamp.read_text(encoding="utf-8") == key:
         return index
     work = html.with_name(f"{html.name}-unfinished")
     shutil.rmtree(work, ignore_errors=True)
@@ -121,7 +122,7 @@ def build(source: Path, *, config: Path = CONFIG, html: Path = BUILD / "html") -
         shutil.rmtree(work, ignore_errors=True)
         raise BookError(f"the book was not built; mend what its log says:\n{_readable(done.stderr, source)}")
     made = work / "_build" / "html"
-    (made / STAMP).write_text(key)
+    (made / STAMP).write_text(key, encoding="utf-8")
     shutil.rmtree(html, ignore_errors=True)
     made.replace(html)
     shutil.rmtree(work)
