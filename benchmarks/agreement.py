@@ -64,8 +64,8 @@ def measure_network(case: str) -> dict:
     """The test loss after each epoch of one Mixup trial of the scale "cpu", stopped early."""
     precision, epochs = NETWORKS[case]
     trial = next(t for t in STUDIES["over-training"]("cpu") if t.setting.method == Mixup(1.0))
-    setting = replace(trial.setting, precision=precision, epochs=epochs, milestones=())
-    setting = replace(setting, record_epochs=tuple(range(1, epochs + 1)))
+    records = tuple(range(1, epochs + 1))
+    setting = replace(trial.setting, precision=precision, epochs=epochs, milestones=(), record_epochs=records)
     frame = run_trial(replace(trial, setting=setting, gradient_epochs=()), data_dir=paths.data_dir())
     loss = frame[(frame["split"] == "test") & (frame["metric"] == "loss")].set_index("epoch")["value"]
     found = results.environment()
