@@ -114,7 +114,7 @@ def go(runs, data_dir):
 def start(runs, data_dir):
     """Starts a call of ``go`` in a process of its own, at the head of its own group of processes."""
     head = (
-        "import test_engine\nfrom test_engine import *\nengine.GRACE = cluster.CONNECT = 600\n"
+        "import test_engine\nfrom held import *\nfrom test_engine import *\nengine.GRACE = cluster.CONNECT = 600\n"
         f"go = partial(run_trials, runs=Path({str(runs)!r}), data_dir=Path({str(data_dir)!r}), device='cpu')\n"
     )
     path = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
@@ -136,6 +136,13 @@ def start(runs, data_dir):
     for process in started:
         process.kill()
         process.communicate()
+
+
+def in_their_course(process: subprocess.Popen, log: Path, count: int = 1) -> list[list[str]]:
+    """What is noted as soon as ``count`` trials of the process are."""
+    wait_for(lambda: len(noted(log)) == count or process.poll() is not None, "a trial to be in its course")
+    assert process.poll() is None, process.communicate()
+    return noted(log)
 
 
 @pytest.fixture(scope="module")
@@ -371,8 +378,7 @@ def test_kill_9_of_anything_then_the_same_command_gives_the_undisturbed_rows(sta
         log = tmp_path / victim
         run = f"partial(holds, log=Path({str(log)!r}), at={at}, checkpoint_seconds=0)"
         process = start(f"go(LONG[:1], run={run})")
-        wait_for(lambda log=log: noted(log), "the trial to be in its course")
-        worker = psutil.Process(int(noted(log)[0][1]))
+        worker = psutil.Process(int(in_their_course(process, log)[0][1]))
         assert worker in psutil.Process(process.pid).children()
         if victim == "worker":
             worker.kill()
@@ -399,7 +405,7 @@ def test_ctrl_c_writes_a_checkpoint_and_says_how_to_go_on(start, go, runs, undis
     """The signal reaches every process of the terminal; a checkpoint is due once a minute: this is the stop's."""
     trial, log = LONG[0], tmp_path / "log"
     process = start(f"go([LONG[0], TRIALS[1]], run=partial(holds, log=Path({str(log)!r}), at=5))")
-    wait_for(lambda: noted(log), "the trial to be in its course")
+    in_their_course(process, log)
     os.killpg(process.pid, signal.SIGINT)
     _, err = process.communicate()
     lines = err.splitlines()
@@ -535,8 +541,7 @@ def test_a_cluster_that_loses_a_worker_finishes_every_trial_once(start, runs, un
     log = tmp_path / "log"
     run = f"partial(holds_once, log=Path({str(log)!r}), at=6)"
     process = start(f"go(LONG[:3], scheduler={dask.scheduler_address!r}, run={run})")
-    wait_for(lambda: noted(log), "a trial to be in its course")
-    key, worker = noted(log)[0]
+    key, worker = in_their_course(process, log)[0]
     assert (runs / f"{key}.checkpoint").exists()
     os.kill(int(worker), signal.SIGKILL)
     out, err = process.communicate()
@@ -598,7 +603,7 @@ def test_a_cluster_stops_when_its_client_leaves(go, start, runs, dask, tmp_path)
     log = tmp_path / "log"
     run = f"partial(holds, log=Path({str(log)!r}), at=6)"
     process = start(f"go(LONG[:2], scheduler={dask.scheduler_address!r}, run={run})")
-    wait_for(lambda: len(noted(log)) == 2, "both workers to be busy")
+    in_their_course(process, log, 2)
     process.kill()
     assert set(go(TRIALS[:2], scheduler=dask.scheduler_address, run=counts)) == {trial.key for trial in TRIALS[:2]}
 
