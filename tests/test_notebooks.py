@@ -273,7 +273,7 @@ def test_a_change_of_the_package_makes_stale_what_imports_it_and_nothing_else(tm
     before = keys()
     assert len(settings) == 19 and len(set(before.values())) == 19
     printing = {name for name in text if "mean_interval" in text[name]}
-    assert sorted(name[:2] for name in printing) == ["16", "17", "18", "19"]
+    assert sorted(name[:2] for name in printing) == ["03", "16", "17", "18", "19"]
     assert stale("intervals.py", "level: float = 0.95", "level: float = 0.475") == printing
     for module in ("engine.py", "cluster.py", "claims.py", "notebooks.py", "cli.py", "book.py"):
         assert stale(module, "import", "x = 1\nimport") == set()
