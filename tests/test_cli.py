@@ -4,6 +4,7 @@ import ast
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -220,6 +221,31 @@ def test_claims_prints_rows(command, project):
     assert wanted <= first.keys() == second.keys()
     assert (first["value"], first["verdict"], second["verdict"], second["why"]) == (2.0, "holds", "not tested", "later")
     assert [line.split()[0] for line in command("claims").stdout.splitlines()] == ["B-2", "P2-Z", "later"]
+
+
+def test_claims_in_a_terminal_name_labels_without_markup(command, project):
+    """As JSON they stay as the book has them; what only looks like a role (LaTeX, code) is left alone."""
+    claim = r"by {prf:ref}`thm-one` and {numref}`Fig. %s <fig-two>`, {eq}`eq-three`: $\\frac{a}{b}$ of `x`, {b} `y` < 1"
+    row = {"id": "B-2", "claim": claim, "source": "s", "not_tested": "later"}
+    (project.root / "book" / "claims.yml").write_text(json.dumps([row]), encoding="utf-8")
+    assert (
+        command("claims")
+        .stdout.splitlines()[0]
+        .endswith(r" by thm-one and fig-two, eq-three: $\\frac{a}{b}$ of `x`, {b} `y` < 1")
+    )
+    assert json.loads(command("claims", "--json").stdout)[0]["claim"] == claim
+
+
+def test_the_command_for_own_data_reads_the_same_in_every_shell(command, monkeypatch, project):
+    """README's, in words of a POSIX shell and in those of Windows, which knows no single quotes."""
+    project.write("03_three", 'pairs: list[str] = ["cifar10:ship:truck"]')
+    (line,) = re.findall(r"labelaug (run 03 .*)", (results.PROJECT / "README.md").read_text(encoding="utf-8"))
+    windows = [word.strip('"') for word in line.split(" ")]
+    seen = []
+    monkeypatch.setattr(notebooks, "run_sections", lambda names, **options: seen.append(options["overrides"]) or [])
+    for words in (shlex.split(line), windows):
+        assert command(*words).exit_code == 0
+        assert notebooks.resolve("03_three", overrides=seen[-1])["pairs"] == ["mydata:cat:dog"]
 
 
 def test_book_runs_assembles_and_builds(command, project, monkeypatch):

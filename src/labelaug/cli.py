@@ -176,7 +176,7 @@ def main():
     multiple=True,
     metavar="NAME VALUE",
     callback=_overrides,
-    help="Set a parameter of each notebook that has it; a list as '[0.1, 0.2]'. May be repeated.",
+    help='Set a parameter of each notebook that has it; a list as "[0.1, 0.2]". May be repeated.',
 )
 @force_option
 @jobs_option
@@ -233,6 +233,7 @@ def claims_command(as_json, profile):
     """Print each claim, our number, the verdict."""
     import codecs
     import json
+    import re
 
     from labelaug import claims
     from labelaug.notebooks import current_runs
@@ -242,7 +243,8 @@ def claims_command(as_json, profile):
         holds_all = codecs.lookup(sys.stdout.encoding).name.startswith("utf")
         return _print(json.dumps(rows, indent=1, ensure_ascii=not holds_all, allow_nan=False))
     for row in rows:
-        _print(f"{row['id']:8} {claims.number(row):28} {row['verdict']:16} {row['claim']}")
+        claim = re.sub(r"\{[\w:]+\}`(?:[^`<]*<)?([^`<>]*)>?`", r"\1", row["claim"])  # a role of MyST is its label here
+        _print(f"{row['id']:8} {claims.number(row):28} {row['verdict']:16} {claim}")
         if row["why"]:
             _print(f"{'':8} {row['why']}")
 
