@@ -12,6 +12,7 @@ from labelaug.studies import (
     PANELS,
     SCALES,
     SMALLEST_CLASS,
+    TEST_IMAGES,
     TRAINING_IMAGES,
     flops,
     over_training,
@@ -110,5 +111,5 @@ def test_a_trial_costs_three_passes_an_image_and_epoch():
 @pytest.mark.parametrize("name", ["cifar10", "cifar100"])
 def test_sizes_are_those_of_the_sets(name):
     images = load_images(name, paths.data_dir())
-    assert len(images.y_train) == TRAINING_IMAGES[name]
+    assert len(images.y_train) == TRAINING_IMAGES[name] and len(images.y_test) == TEST_IMAGES[name]
     assert min((images.y_train == k).sum() for k in range(len(images.classes))) == SMALLEST_CLASS[name]

@@ -10,7 +10,8 @@
   set that the claim is about, to whose rows ``t`` is then limited; ``requires``: a list of ``when`` (an expression) and
   ``why`` (what is said where it is false); ``value``: an expression that gives (value, low, high); ``unit`` (optional);
   ``verdicts``: a list of ``when`` (an expression; none in the last one means else), ``verdict`` and ``text``; the
-  verdict "declared" is for trainings that are described in full and have not run: the number is what they cost.
+  verdict "declared" is for trainings that are described in full and have not run: the number is what they cost; "not
+  resolved" for an interval that holds both answers.
 
 Expressions are Python over ``t`` (the table), ``tables("section/name")``, ``p`` (the parameters of the table's run, as
 in ``p.n_seeds``), ``pd``, ``np``, `mean_interval`, `median_interval`, `exact`; verdicts also over ``value, low, high``.
@@ -112,10 +113,10 @@ def _check_row(row: dict) -> None:
     for item in row["verdicts"]:
         if not item.keys() <= {"when", "verdict", "text"} or "verdict" not in item:
             raise ClaimError(f"claim {row['id']}: each of verdicts holds when, verdict and text, got {', '.join(item)}")
-        if not re.fullmatch("holds|does not hold|holds under .+|declared", item["verdict"]):
+        if not re.fullmatch("holds|does not hold|holds under .+|not resolved|declared", item["verdict"]):
             raise ClaimError(
-                f"claim {row['id']}: a verdict is 'holds', 'holds under …', 'does not hold' or 'declared', "
-                f"got '{item['verdict']}'"
+                f"claim {row['id']}: a verdict is 'holds', 'holds under …', 'does not hold', 'not resolved' or "
+                f"'declared', got '{item['verdict']}'"
             )
         if "when" in item:
             _check_expression(row, item["when"], known | {"value", "low", "high"})
@@ -392,7 +393,8 @@ def _digits(x: float) -> str:
 
 
 def _badge(row: dict) -> str:
-    kinds = {"holds": "holds", "does not hold": "fails", "not tested": "untested", "declared": "untested"}
+    kinds = {"holds": "holds", "does not hold": "fails", "not tested": "untested"}
+    kinds |= {"not resolved": "untested", "declared": "untested"}
     kind = kinds.get(row["verdict"], "conditional")
     return f"[{row['verdict']}]{{.verdict-{kind}}}"
 

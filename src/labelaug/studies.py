@@ -20,6 +20,7 @@ from labelaug.trials import Images, Network, Trial
 SCALES = ("smoke", "cpu", "gpu", "paper")
 CLASSES = {"cifar100": 100}  # 10 in the other sets
 TRAINING_IMAGES = {"cifar10": 50_000, "cifar100": 50_000, "svhn": 73_257, "fashion-mnist": 60_000}
+TEST_IMAGES = {"cifar10": 10_000, "cifar100": 10_000, "svhn": 26_032, "fashion-mnist": 10_000}
 SMALLEST_CLASS = {"cifar10": 5_000, "cifar100": 500, "svhn": 4_659, "fashion-mnist": 6_000}
 MIXUP = Mixup(1.0)
 
