@@ -70,6 +70,15 @@ def test_a_verdict_follows_the_table(runs, norm, expected, why):
     assert row["provenance"]["table"] == "02_sweep/tables/sweep.parquet"
 
 
+def test_what_the_data_cannot_tell_is_not_resolved(runs):
+    """Shown in grey, as what was not run; the same row with a narrower interval has an answer."""
+    answers = [{"when": "high < 0.1", "verdict": "holds"}, {"verdict": "not resolved", "text": "three seeds"}]
+    row = verdict(runs(norm=WIDE), verdicts=answers)
+    assert (row["verdict"], row["why"]) == ("not resolved", "three seeds")
+    assert "[not resolved]{.verdict-untested}" in claims.ledger_markdown([row])
+    assert verdict(runs(norm=SMALL), verdicts=answers)["verdict"] == "holds"
+
+
 def test_expressions_reach_tables_parameters_and_arithmetic(runs):
     value = "exact(sum(tables('02_sweep/other').x[i] for i in range(3)) + p.n_seeds\n  + np.float32(0.5) + len(t))"
     when = "p.kind == 'box' and value == low == high == t.shape[0] + 10.5"
