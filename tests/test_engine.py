@@ -115,6 +115,7 @@ def start(runs, data_dir):
     """Starts a call of ``go`` in a process of its own, at the head of its own group of processes."""
     head = (
         "import test_engine\nfrom held import *\nfrom test_engine import *\nengine.GRACE = cluster.CONNECT = 600\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it\n"
         f"go = partial(run_trials, runs=Path({str(runs)!r}), data_dir=Path({str(data_dir)!r}), device='cpu')\n"
     )
     path = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
@@ -531,7 +532,7 @@ def dask(tmp_path_factory):
     """A dask cluster of two worker processes on this machine."""
     distributed = pytest.importorskip("distributed")
     folder = str(tmp_path_factory.mktemp("dask"))
-    options = {"dashboard_address": None, "silence_logs": 50, "local_directory": folder}
+    options = {"dashboard_address": ":0", "silence_logs": 50, "local_directory": folder}
     with distributed.LocalCluster(n_workers=2, threads_per_worker=1, **options) as made:
         yield made
 
@@ -542,7 +543,9 @@ def test_a_cluster_that_loses_a_worker_finishes_every_trial_once(start, runs, un
     run = f"partial(holds_once, log=Path({str(log)!r}), at=6)"
     process = start(f"go(LONG[:3], scheduler={dask.scheduler_address!r}, run={run})")
     key, worker = in_their_course(process, log)[0]
-    assert (runs / f"{key}.checkpoint").exists()
+    (trial,) = [trial for trial in LONG if trial.key == key]
+    assert status(trial, runs) == ("checkpoint at epoch 4", None)
+    assert_frame_equal(read_partial(trial, runs)[0], prefix(undisturbed(trial), 4), check_exact=True)
     os.kill(int(worker), signal.SIGKILL)
     out, err = process.communicate()
     assert process.returncode == 0, err
