@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from labelaug._torchvision import load
-from labelaug.models import _Shortcut, mlp, resnet, vgg16
+from labelaug.models import _Shortcut, _Strided, mlp, resnet, vgg16
 
 BUILD = {
     "mlp": lambda generator, width=6: mlp(3, (width,), 4, generator=generator),
@@ -108,6 +108,24 @@ def test_a_shortcut_is_the_strided_convolution(stride, size):
     if stride == 2 and size[0] > 1:
         others = theirs(x.roll(1, 3))  # the other columns of pixels are another function
         assert (others - expected).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("size", [(1, 1), (5, 1), (1, 5), (2, 2), (6, 9)])
+def test_a_strided_convolution_is_torchs_own_for_any_size(size):
+    """In float64, outputs and gradients; and in bfloat16, where the gradient of a weight at one pixel was not set."""
+    ours, theirs = _Strided(3, 6, 3, 2, padding=1), nn.Conv2d(3, 6, 3, 2, padding=1).double()
+    ours.load_state_dict(theirs.state_dict())
+    x = torch.randn(4, 3, *size, generator=seeded(1), dtype=torch.float64)
+    weights = torch.randn(theirs(x).shape, generator=seeded(2), dtype=torch.float64)
+    expected = gradients(theirs, x, weights)
+    for one, other in zip(gradients(ours.double(), x, weights), expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(ours(x), theirs(x), rtol=1e-12, atol=1e-12)
+    ours.float().to(memory_format=torch.channels_last)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = gradients(ours, x.float().contiguous(memory_format=torch.channels_last), weights.float())
+    for one, other in zip(found, expected, strict=True):
+        assert (one - other).norm() <= 0.03 * other.norm()  # some numbers that are each rounded to 2^-9
 
 
 @pytest.mark.parametrize("name", [name for name in BUILD if name != "mlp"])

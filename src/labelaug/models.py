@@ -125,8 +125,20 @@ class _ResNet(nn.Module):
         return self.fc(out.mean((2, 3)))
 
 
+class _Strided(nn.Conv2d):
+    """A strided convolution; where an image is one pixel wide, with stride 1 along that pixel, which is the same.
+
+    There oneDNN's AVX-512 kernel for the gradient of a bfloat16 weight leaves parts of it unset.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        stride = self.stride if x.shape[3] > 1 else (self.stride[0], 1)
+        return F.conv2d(x, self.weight, self.bias, stride, self.padding)
+
+
 def _conv(fan_in: int, fan_out: int, size: int, stride: int = 1, *, bias: bool = False) -> nn.Conv2d:
-    return nn.utils.skip_init(nn.Conv2d, fan_in, fan_out, size, stride, padding=size // 2, bias=bias)
+    kind = nn.Conv2d if stride == 1 else _Strided
+    return nn.utils.skip_init(kind, fan_in, fan_out, size, stride, padding=size // 2, bias=bias)
 
 
 class _Shortcut(nn.Sequential):
