@@ -77,6 +77,14 @@ def test_a_killed_kernel_is_a_failure_although_papermill_notes_none(project):
     assert '"exception": true' not in (project.build / "failed" / "01_one.ipynb").read_text()  # hence our own sentence
 
 
+def test_a_killed_runner_is_told_by_the_name_of_its_signal(project):
+    """The process between us and the kernel: a notebook can reach it, and so can whoever is short of memory."""
+    project.write("01_one", "n: int = 1", "import os, signal\nos.kill(os.getppid(), signal.SIGSEGV)", "n")
+    with pytest.raises(NotebookError, match=r"^01_one: the process that runs the notebook was killed by SIGSEGV\n"):
+        run_sections(progress=False)
+    assert notebooks.current_runs() == ({}, ["01_one"])
+
+
 def test_a_run_killed_while_it_took_the_place_of_another_gives_it_back(tmp_path):
     """Between the two renames of ``run --force`` the run has no name; a dead process's is given back or swept."""
     dead = "1-1000"  # process 1 started at another time

@@ -27,6 +27,7 @@ from filelock import FileLock, Timeout, UnixFileLock
 from tqdm import tqdm
 
 from labelaug import results
+from labelaug.processes import ending
 from labelaug.results import ResultsError
 from labelaug.studies import STUDIES
 from labelaug.training.deep import COLUMNS
@@ -540,17 +541,6 @@ def _train(trial: Trial, pipe, device: str, runs: Path, data_dir: Path, run, env
         except Stopped:
             return ("stopped",)
         return ("done", write_result(trial, frame, environment, runs=runs))
-
-
-def ending(code: int) -> str:
-    """How a process ended whose exit code this is, a signal's negative as multiprocessing and subprocess have it."""
-    if code >= 0:
-        return f"ended with exit code {code}"
-    try:
-        name = signal.Signals(-code).name
-    except ValueError:  # most real-time signals have no name
-        name = f"signal {-code}"
-    return f"was killed by {name}{' (out of memory?)' if name == 'SIGKILL' else ''}"
 
 
 def why(error: Exception) -> str:

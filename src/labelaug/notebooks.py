@@ -34,6 +34,7 @@ import yaml
 from labelaug import paths
 from labelaug.imports import PACKAGE, imported_modules
 from labelaug.parameters import KINDS, ParameterError, checked, yaml_text
+from labelaug.processes import ending
 
 PROFILES = ("smoke", "default", "paper")  # "default" is the parameters cell itself; profiles.yml holds the others
 CONFIGURES = ("PYTHON", "IPYTHON", "JUPYTER", "JPY_", "MPL", "MATPLOTLIB", "PANDAS_", "SCIPY_", "SKLEARN_")
@@ -469,8 +470,7 @@ def _supervise(plan: _Plan, environment: dict, display: "_Progress", children: s
         children.discard(child)
         if not finished:
             errors.seek(0)
-            reason = f"was ended by signal {-code}" if code < 0 else f"broke with exit code {code}"
-            failure = f"{plan.section}: the process that runs the notebook {reason}\n{errors.read()}".strip()
+            failure = f"{plan.section}: the process that runs the notebook {ending(code)}\n{errors.read()}".strip()
     display.end(plan.section, failure)
     return plan.section, plan.key, failure
 
