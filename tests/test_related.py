@@ -193,12 +193,49 @@ def test_prop_curved_margin():
     # Squared error to equal margins attains the bound: the normal discriminant.
     for kappa in (1.0, 5.0, 40.0):
         assert quotient(lambda s: s - 1, kappa)[0] == pytest.approx(1 + 1 / kappa, rel=1e-8)
-    # The limits without a bend: a kink, a flatter bottom (finite, not 1), a flat interval (exponential).
+    # The limits without a bend: a kink, a flatter bottom (finite, not 1).
     # 5e-3: the kink lies between two nodes, and A divides by a mean of order κ^(-1/2).
     assert quotient(lambda s: np.sign(s - 2), 1e4)[1] == pytest.approx(math.pi / 2, rel=5e-3)
     assert quotient(lambda s: np.clip((s - 2) ** 3, -1, 1), 1e4)[0] == pytest.approx(5 / 3, rel=5e-3)
-    flat = [quotient(lambda s: np.clip(s - 4, 0, 1) - np.clip(1 - s, 0, 1), kappa)[1] for kappa in (10.0, 20.0, 40.0)]
-    assert flat[1] / flat[0] > 3 and flat[2] / flat[1] > 9 and flat[2] > 100
+
+
+@pytest.mark.parametrize(("low", "high"), [(1.0, 2.0), (1.0, 4.0)])
+def test_prop_curved_margin_flat_between_two_margins(low, high):
+    """Item 3: c and A of a loss with slopes -1 below, 0 between and 1 above, by hand from the normal tails."""
+
+    def by_hand(kappa):
+        root = math.sqrt(kappa)
+
+        def slope_in_c(c):
+            below, above = root * (1 - low / c), root * (high / c - 1)
+            tails = stats.norm.sf(above) - stats.norm.sf(below)
+            return tails + (stats.norm.pdf(below) + stats.norm.pdf(above)) / root
+
+        c = optimize.brentq(slope_in_c, low, high, xtol=1e-15)
+        ends = np.array([root * (1 - low / c), root * (high / c - 1)])
+        return c, stats.norm.sf(ends).sum() / stats.norm.pdf(ends).sum() ** 2
+
+    for kappa in (10.0, 40.0):
+        direct, other = quotient(lambda s: 1.0 * (s > high) - (s < low), kappa)
+        # 2e-3: the kinks lie between two nodes; A divides by a mean that is smaller still.
+        assert direct == pytest.approx(by_hand(kappa)[1], rel=2e-3)
+        assert other == pytest.approx(by_hand(kappa)[1], rel=2e-3)
+    (_, first), (c, second) = by_hand(300.0), by_hand(1000.0)
+    assert c == pytest.approx((low + high) / 2, abs=4 / 1000)  # the way to the middle is of order 1/κ
+    # A is of order κ^(-1/2) times the exponential: tails are densities over √κ. The next order is 1/κ.
+    exponent = (math.log(second / first) + 0.5 * math.log(1000 / 300)) / 700
+    expected = ((high - low) / (high + low)) ** 2 / 2
+    assert exponent == pytest.approx(expected, rel=1e-3)
+    assert expected < 0.2  # ERM's exponent is one half
+    # Slopes that begin at 0 have the same exponent (1/κ is large here, hence 10 %), and ERM's is refused.
+    soft = [quotient(lambda s: np.clip(s - high, 0, 1) - np.clip(low - s, 0, 1), kappa)[1] for kappa in (40.0, 80.0)]
+    assert math.log(soft[1] / soft[0] * math.sqrt(2)) / 40 == pytest.approx(expected, rel=0.1)
+    # With 0 among the minima the slope at any c > 0 is positive: the minimiser is w = 0.
+    g = np.linspace(-8, 8, 4001)
+    for c in (0.5, 1.0, 2.0):
+        for start in (-low, 0.0):
+            u = 1 + g / 2
+            assert np.exp(-0.5 * g**2) @ (u * (1.0 * (c * u > high) - (c * u < start))) > 0
 
 
 def test_midpoint_mixup_is_within_a_percent_of_the_normal_discriminant():
