@@ -304,6 +304,20 @@ def test_prop_no_turn_leaves_the_risk_free_to_rise(m):
         assert (np.diff((path**2) @ diagonal) <= 1e-12).all()
 
 
+def test_with_the_teacher_inside_true_labels_turn_at_few_inputs_only():
+    """At the 210 mixed inputs, more than the 100 features, no draw turns; at the 20 examples some end well above."""
+    draws = draw_teachers(TeacherTask(num_features=100, first_std=0.5, borrowed_from="teacher"), 20, seeds=range(12))
+    test, times = population_moments(draws), np.unique(np.round(np.geomspace(1, 10_001, 30)) - 1)
+    rise = {}
+    for inputs in ("pairs", "originals"):
+        train = labelled_moments(draws, MIDPOINT, inputs=inputs, labels="true")
+        weights = weights_at(train.moment, train.cross, 0.25 * draws.start, times, learning_rate=0.1, discrete=True)
+        found = risk(weights, test.moment, test.cross, test.power)
+        rise[inputs] = found[:, -1] / found.min(1) - 1
+    # Exactly zero: the last epoch is the least. At the examples prop-no-turn forbids no rise.
+    assert (rise["pairs"] == 0).all() and rise["originals"].max() > 0.05
+
+
 def test_prop_label_noise(rng):
     task = TeacherTask(num_inputs=5, width=4, num_features=20)
     draws, times = draw_teachers(task, 6, seeds=[0, 1, 2]), np.array([1, 10, 100, 1000])
