@@ -146,7 +146,10 @@ def test_every_labelled_statement_of_the_book_has_its_test():
 
 
 def test_letters_that_change_their_meaning_are_in_the_table_of_notation():
-    """Each section that a row names uses the letter; of the four Greek letters no other section does."""
+    """Each section that a row names uses the letter; no other uses one of four Greek letters, or of five capitals.
+
+    Of the capitals only those in mathematics outside proofs count; words and names of TeX are taken out.
+    """
     rows = re.findall(
         r"^\| \$(\\?\w+)\$ \| (.*\{doc\}.*) \|$",
         (NOTEBOOKS.parent / "book" / "notation.md").read_text(encoding="utf-8"),
@@ -163,11 +166,24 @@ def test_letters_that_change_their_meaning_are_in_the_table_of_notation():
         pattern = rf"{re.escape(letter)}(?![a-zA-Z])" if letter[0] == "\\" else rf"(?<![\w\\]){letter}(?![a-zA-Z])"
         return {name for name, text in prose.items() if re.search(pattern, text)}
 
+    def stating(letter):
+        """Outside proofs, in mathematics."""
+        found = set()
+        for name, text in prose.items():
+            text = re.sub(r"(?ms)^(:{3,}|`{3,})\{prf:proof\}.*?^\1\s*$", "", text)
+            formulas = " ".join(re.findall(r"\$\$.*?\$\$|\$[^$]+\$|```\{math\}.*?```", text, re.S))
+            formulas = re.sub(r"\\(?:text|operatorname|mathrm)\{[^{}]*\}|:label: \S+|\\[a-zA-Z]+", " ", formulas)
+            if letter in formulas:
+                found.add(name)
+        return found
+
     assert {"\\kappa", "\\rho", "\\tau", "\\beta", "F", "c", "M"} <= named.keys()
     for letter, sections in named.items():
         assert sections <= using(letter), letter
     for letter in ("\\kappa", "\\rho", "\\tau", "\\beta"):
         assert named[letter] == using(letter), letter
+    for letter in "AFSTZ":
+        assert named[letter] == stating(letter), letter
 
 
 def test_notebooks_are_stored_without_outputs():
