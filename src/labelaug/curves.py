@@ -62,8 +62,10 @@ def turns(rows: pd.DataFrame, metric: str, *, least_epoch: int = 1) -> pd.DataFr
     """Each trial's turn and rise: columns key, seed, turn, least, last, rise.
 
     turn: the recorded epoch of the least ``metric`` on validation; least and last: its value on *test* at the turn and
-    at the last epoch; rise: last - least. Chosen on one set and measured on another, a rise is not positive by
-    construction: of a curve that only jitters about a level it is zero in the mean.
+    at the last epoch; rise: last - least. Chosen on one set and measured on another, a rise is free of the chance of
+    the images: of networks that are all equally good it is zero in the mean. It is not free of jitter of the network
+    itself, which both sets share: the turn then picks a network that is good by chance on both, and a training that
+    only jitters about a level has a positive mean rise.
     """
     table = wide(rows, [f"validation/{metric}", f"test/{metric}"])
     table = table[table["epoch"] >= least_epoch]
