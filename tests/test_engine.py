@@ -298,7 +298,7 @@ def test_unfinished_rows_are_never_taken_for_a_result(go, runs, undisturbed, tmp
 
 def test_rows_of_a_stopped_trial_are_the_result_of_a_shorter_one(runs, data_dir):
     """Bit for bit what the shorter trial gives when it is trained, learning rate, gradients and last row included."""
-    setting = replace(LONG[0].setting, milestones=(2, 9), record_epochs=(2, 4, 6, 12))
+    setting = replace(LONG[0].setting, milestones=(2, 4, 9), record_epochs=(2, 4, 6, 12))
     long, parts = replace(LONG[0], setting=setting, gradient_epochs=(4, 12), gradient_draws=2), {}
     keep = {"checkpoint_seconds": 0, "keep": lambda frame: parts.update({frame["epoch"].max(): frame})}
     run_trial(long, data_dir=data_dir, **keep)
@@ -308,8 +308,9 @@ def test_rows_of_a_stopped_trial_are_the_result_of_a_shorter_one(runs, data_dir)
     with pytest.raises(ValueError, match="ends after 3 epochs"):
         shorten(long, 3, runs)
     short = shorten(long, 4, runs)
-    assert short.setting.milestones == (2,) and short.gradient_epochs == (4,) and short.key != long.key
+    assert short.setting.milestones == (2, 4) and short.gradient_epochs == (4,) and short.key != long.key
     found, provenance = read_result(short, runs)
+    assert provenance["seconds"] == read_partial(long, runs)[1]["seconds"] > 0
     expected = run_trial(short, data_dir=data_dir)
     expected = expected[expected["metric"] != "seconds"].reset_index(drop=True)
     assert_frame_equal(found, expected, check_exact=True)
@@ -317,6 +318,8 @@ def test_rows_of_a_stopped_trial_are_the_result_of_a_shorter_one(runs, data_dir)
     assert not {"unfinished", "epoch"} & provenance.keys()
     with pytest.raises(results.ResultsError, match="no rows up to epoch 6"):
         shorten(long, 6, runs)
+    write_partial(long, parts[6], results.environment(), runs=runs)
+    assert shorten(long, 6, runs).setting.epochs == 6  # the last of its rows is of that very epoch
     switched = replace(long, setting=replace(setting, switch_epoch=5))
     write_partial(switched, parts[5].assign(key=switched.key), results.environment(), runs=runs)
     with pytest.raises(ValueError, match=r"switch_epoch must lie in 0\.\.4"):
@@ -775,6 +778,9 @@ def test_minutes_on_the_command_line_bring_rows_home_without_a_repository(tmp_pa
     """A copy of the project, as it would be unpacked on another machine; the time is up in the middle of an epoch."""
     copy = tmp_path / "copy"
     shutil.copytree(paths.PROJECT / "src", copy / "src", ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
+    for file in ("notebooks/profiles.yml", "book/claims.yml"):  # by which the project's folder is known
+        (copy / file).parent.mkdir()
+        shutil.copy(paths.PROJECT / file, copy / file)
     (copy / "train.py").write_text(HELD.format(log=str(tmp_path / "log"), at=8, count=1))
     path = os.pathsep.join([str(copy / "src"), str(Path(__file__).parent)])
     environment = os.environ | {"PYTHONPATH": path, "GIT_CEILING_DIRECTORIES": str(tmp_path)}

@@ -18,10 +18,14 @@ FILES = {
     "deep/shown.py": "",
     "deep/hidden.py": "from ..base import x\nfrom . import sibling\n",
     "deep/sibling.py": "from .shown import x\n",
+    "wide/__init__.py": "from .inner import x\nfrom . import other\n",
+    "wide/inner.py": "",
+    "wide/other.py": "from .. import alone\n",
 }
 SELF, DEEP = {"labelaug"}, {"labelaug", "labelaug.deep", "labelaug.deep.shown"}
 
 HIDDEN = {"labelaug.deep.hidden", "labelaug.base", "labelaug.deep.sibling"}
+WIDE = {f"labelaug.{name}" for name in ("wide", "wide.inner", "wide.other", "alone")}
 
 
 @pytest.fixture
@@ -48,6 +52,7 @@ def package(tmp_path):
         ("import labelaug.circle", SELF | {"labelaug.circle", "labelaug.circle_back"}),
         ("import labelaug.broken", SELF | {"labelaug.broken"}),
         ("import labelaug.deep", DEEP),
+        ("import labelaug.wide", SELF | WIDE),
         ("from labelaug.deep.hidden import x", DEEP | HIDDEN),
         ("%matplotlib inline\n!ls\nimport labelaug.base", SELF | {"labelaug.base"}),
         ("import labelaug.base\nthis is no Python", set()),

@@ -192,12 +192,14 @@ def test_what_is_left_in_a_sections_runs_is_no_run(project):
     for name in (".new-file", ".sync-a-b-c", "._x-1-2-3", ".old-abc-1-x"):
         (run.parent / name).write_text("none of ours")
     (run.parent / "notes").mkdir()
+    (run.parent / "notes" / "run.json").write_text("{}")
+    copy = shutil.copytree(run, run.parent / f"{run.name} (copy)")
     (run.parent / "desktop.ini").write_text("")
     (run / "._run.json").write_bytes(b"\x00")
     project.write("01_one", "n: int = 1", "n")
     (second,) = run_sections(progress=False)
     assert notebooks.current_runs() == ({"01_one": second.path}, [])
-    assert not run.exists() and (run.parent / "notes").exists()
+    assert not run.exists() and (run.parent / "notes").exists() and (copy / "run.json").exists()
 
 
 @pytest.mark.parametrize("text", ["parts: [", "", "- a\n- b", "parts: {chapters: 3}", "file: [1]"])

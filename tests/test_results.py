@@ -170,6 +170,17 @@ def test_commit_of_a_work_tree(place, tmp_path):
     assert commit() == (git(place, "rev-parse", "HEAD"), False) != (git(main, "rev-parse", "HEAD"), False)
 
 
+def test_commit_does_not_need_the_readers_own_settings_of_git(place, tmp_path, monkeypatch):
+    """A damaged ~/.gitconfig: plain git, as a control, refuses every question."""
+    ours, home = repository(place, OWN), tmp_path / "home"
+    home.mkdir()
+    (home / ".gitconfig").write_text("broken[")
+    monkeypatch.setenv("HOME", str(home))
+    with pytest.raises(subprocess.CalledProcessError):
+        git(place, "rev-parse", "HEAD")
+    assert commit() == (ours, False)
+
+
 def test_commit_of_another_users_folder(place, tmp_path, monkeypatch):
     """A mount or a container: git calls the ownership dubious and answers plain questions with a refusal."""
     ours = repository(place, OWN)

@@ -562,10 +562,12 @@ def _publish(temporary: Path, folder: Path) -> None:
 
 def _drop_superseded(folder: Path, record: dict) -> None:
     """Remove earlier runs of the same parameters or profile on the same image sets: ``folder`` takes their place."""
-    for path in folder.parent.glob("[!.]*/run.json"):
+    for path in folder.parent.glob("*/run.json"):
+        if path.parent == folder or not re.fullmatch("[0-9a-f]{12}", path.parent.name):
+            continue  # a folder of another name is somebody's own
         earlier = read_run(path.parent)
         same = earlier.parameters == record["parameters"] or (earlier.profile and earlier.profile == record["profile"])
-        if path.parent != folder and same and earlier.data == record["data"]:
+        if same and earlier.data == record["data"]:
             shutil.rmtree(path.parent, ignore_errors=True)
 
 

@@ -258,6 +258,7 @@ def _gpu() -> str:
 def _git(*arguments: str) -> bytes | None:
     """What git says of the project's folder; None if it refuses, or there is no git on this machine."""
     surroundings = {name: value for name, value in os.environ.items() if not name.upper().startswith("GIT_")}
+    surroundings |= {"GIT_CONFIG_GLOBAL": os.devnull, "GIT_CONFIG_NOSYSTEM": "1"}  # the reader's may be unreadable
     # The folder may be another user's (a mount, a container), which git distrusts; its code is what runs here already.
     # No lock: a status that refreshes the index would stand in the way of a commit that is made meanwhile.
     command = ["git", "-c", f"safe.directory={PROJECT.as_posix()}", "--no-optional-locks", *arguments]
