@@ -10,6 +10,7 @@ CIFAR-10, which takes longest, comes last.
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -74,11 +75,15 @@ def measure_network(case: str) -> dict:
 
 
 def main() -> None:
-    """Measure what is not there yet, one process at a time, and write the file after each."""
-    sources = results.environment()["commit"]
+    """Measure what is not there yet, one process at a time, and keep it after each; the whole takes the file's place.
+
+    What is measured is kept in the build folder until then: the committed file, changed, would make the tree dirty.
+    """
+    sources, kept = results.environment()["commit"], FOLDER / "agreement.json"
+    FOLDER.mkdir(parents=True, exist_ok=True)
     for case in ORDER:
         for variant, (environment, parameters) in VARIANTS.items():
-            found = agreement.load() if agreement.PATH.exists() else {}
+            found = json.loads(kept.read_text(encoding="utf-8")) if kept.exists() else {}
             known = found.get(case, {}).get(variant)
             if (known and known["commit"] == sources) or (case in NETWORKS and parameters):
                 continue
@@ -89,7 +94,8 @@ def main() -> None:
             )
             one = json.loads(done.stdout)
             found.setdefault(case, {})[variant] = one
-            agreement.PATH.write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+            kept.write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    shutil.copy(kept, agreement.PATH)
 
 
 if __name__ == "__main__":
