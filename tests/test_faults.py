@@ -140,6 +140,7 @@ def test_a_results_folder_that_cannot_be_written_is_one_sentence(project):
     project.write("01_one", "n: int = 1")
     project.build.mkdir(parents=True)
     project.runs.write_text("in the way")
+    (project.root / "book" / "claims.yml").write_text("[]\n")  # with profiles.yml, by which a project is known
     program = project.script("from labelaug.cli import main; main(['run', '01'])")
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.returncode == 1

@@ -526,11 +526,13 @@ def test_a_run_takes_the_place_of_its_own_kind_only(project):
         "smoke": {"profile": "smoke", "parameters": {"n": 1}}, "own": {"profile": None, "parameters": {"n": 1}},
         "data": {"data": "abc"},
     }  # fmt: skip
+    keys = {name: f"{number:012x}" for number, name in enumerate(others)}  # of runs; another name is not ours to remove
     for name, changes in others.items():
-        (new.parent / name).mkdir()
-        (new.parent / name / "run.json").write_text(json.dumps(record | changes))
+        (new.parent / keys[name]).mkdir()
+        (new.parent / keys[name] / "run.json").write_text(json.dumps(record | changes))
     notebooks._drop_superseded(new, record)
-    assert sorted(path.name for path in new.parent.iterdir()) == sorted([new.name, "smoke", "own", "data"])
+    left = sorted([new.name, *(keys[name] for name in ("smoke", "own", "data"))])
+    assert sorted(path.name for path in new.parent.iterdir()) == left
 
 
 def test_a_terminal_shows_a_bar_for_each_notebook(project, monkeypatch, capsys):

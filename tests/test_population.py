@@ -466,7 +466,7 @@ BAD = [
     (lambda: Sample(np.ones((2, 2)), np.array([1, 0]), np.array([np.nan, 0.5])), "positive and sum to 1"),
     (lambda: Sample(np.ones((3, 2)), np.array([1, 0])), r"\[n, d\] with labels \[n\]"),
     (lambda: Sample(np.ones((2, 2)), np.array([1, 0]), np.array([0.5, 0.4])), "sum to 1"),
-    (lambda: Sample(np.zeros((2, 2)), np.array([1, 0])), "not all zero"),
+    (lambda: Sample(np.zeros((2, 2)), np.array([1, 0])), "must not be all zero"),
     (lambda: Sample(np.array([[1.0], [np.nan]]), np.array([1, 0])), "must be finite"),
     (lambda: population_loss(TwoFeatureTask(), Objective(), np.arange(10.0)), "equal within a block"),
     (lambda: gradient_flow(SQUARE, Objective(), np.array([1.0, 0.5])), "increasing"),

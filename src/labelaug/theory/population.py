@@ -151,12 +151,12 @@ class Sample:
         x, labels = np.asarray(self.x, dtype=float), np.asarray(self.labels)
         if x.ndim != 2 or labels.shape != x.shape[:1]:
             raise ValueError(f"x must be [n, d] with labels [n], got {x.shape} and {labels.shape}")
-        if not (np.isfinite(x).all() and x.any()):
-            raise ValueError("x must be finite and not all zero: no weights matter to a law at the origin")
         if set(np.unique(labels)) != {0, 1}:
             raise ValueError(f"labels must be 0 and 1, both present, got {np.unique(labels)}")
         if not np.isfinite(x).all():
             raise ValueError(f"x must be finite, and {(~np.isfinite(x)).any(1).sum()} of its {len(x)} rows are not")
+        if not x.any():
+            raise ValueError("x must not be all zero: no weights matter to a law at the origin")
         weights = np.full(len(x), 1 / len(x)) if self.weights is None else np.asarray(self.weights, dtype=float)
         if weights.shape != labels.shape or not (weights > 0).all() or abs(weights.sum() - 1) > 1e-12:
             raise ValueError(
