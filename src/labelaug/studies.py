@@ -264,7 +264,7 @@ def over_training(scale: str) -> list[Trial]:
 
 # Paper 1's question to a deep network: one entry of the training images identifies the class and is gone at test. What
 # paper 1 trains deep is a whole random image a class; sizes, schedule and length of this smaller one are ours.
-PLANTED = (1.0, 2.0, 4.0)  # γ, in standard deviations of its channel; at 10 a narrow network sees nothing else
+PLANTED = (1.0, 2.0, 4.0)  # γ, in standard deviations of its channel; at 10 a narrow network errs on half of all
 _PLANTED = DeepSetting(
     0.05,
     30,
